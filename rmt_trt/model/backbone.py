@@ -1,0 +1,153 @@
+"""Hugging Face backbones: built from a config that is bounded first, with an attention that exports cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AttentionInterface
+from transformers.initialization import no_init_weights
+
+from rmt_trt.errors import ContractError, FormatError
+
+STEP_ATTENTION = "rmt_step"
+
+# A config comes from a stranger's file. No published backbone comes near these; a model beyond them would
+# exhaust memory, or time spent building layers, before its weights were ever compared with it.
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 16
+MAX_NUMBER = 1 << 24
+LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+WIDTH_FIELDS = ("hidden_size", "n_embd", "dim", "d_model", "num_attention_heads", "n_head", "n_heads")
+
+
+def step_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a segment step: (batch, heads, length, head width) -> (batch, length, heads, head width).
+
+    A mask (batch, 1, 1, length) comes from form E; without one the attention is causal (form D, whose layout needs
+    neither mask nor position ids). transformers builds no mask of its own for an attention that is registered
+    without a mask function, which keeps packed-sequence detection and mask building out of the exported graph.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    causal = attention_mask is None
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(STEP_ATTENTION, step_attention)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuses a backbone config before anything is built from it. Errors: ContractError, FormatError."""
+    if not isinstance(config.get("model_type"), str):
+        raise FormatError("the backbone config has no 'model_type'; give the config.json of the backbone (--config)")
+    for name in (*LAYER_FIELDS, *WIDTH_FIELDS):
+        bound = MAX_LAYERS if name in LAYER_FIELDS else MAX_WIDTH
+        value = config.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= bound:
+            raise ContractError(f"backbone config: {name} is {value!r}; expected a whole number from 1 to {bound}")
+    for name, value in config.items():
+        if isinstance(value, int) and abs(value) > MAX_NUMBER:
+            raise ContractError(f"backbone config: {name} is {value}; numbers beyond {MAX_NUMBER} are refused")
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    layer_types = config.get("layer_types") or []
+    if window is not None or any(kind != "full_attention" for kind in layer_types):
+        raise ContractError(
+            f"backbone config asks for windowed attention (sliding_window={window!r}, layer_types={layer_types[:4]!r}); "
+            f"the segment step attends over the whole segment. Set sliding_window to null if the window is not shorter "
+            f"than a segment"
+        )
+
+
+def build_backbone(form: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    """A backbone with its head, in evaluation mode: a sequence classifier (E) or a causal language model (D).
+
+    With `weights`, shapes are compared on the meta device before any memory is taken, and every key must fit.
+    Errors: ContractError for a config out of bounds, FormatError when config and weights do not fit together.
+    """
+    check_config(config)
+    factory = (
+        transformers.AutoModelForSequenceClassification if form == "encoder" else transformers.AutoModelForCausalLM
+    )
+    plain = {key: value for key, value in config.items() if key not in ("auto_map", "_attn_implementation")}
+    try:
+        hf_config = transformers.AutoConfig.for_model(**plain)
+        hf_config._attn_implementation = STEP_ATTENTION
+        if weights is not None:
+            _compare(factory, hf_config, weights)
+        with no_init_weights() if weights is not None else contextlib.nullcontext():
+            model = factory.from_config(hf_config)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as err:
+        if isinstance(err, (FormatError, ContractError)):
+            raise
+        raise FormatError(f"transformers cannot build a '{config['model_type']}' {form} from its config: {err}") from err
+    if weights is not None:
+        model.load_state_dict(dict(weights), strict=False)
+        model.tie_weights()
+    model.config.use_cache = False
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def published_attention(model: nn.Module) -> Iterator[None]:
+    """While it is open, the backbone attends as published: its own eager attention, with masks of its own."""
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(STEP_ATTENTION)  # type: ignore[operator]
+
+
+def position_capacity(config: Mapping[str, Any]) -> int | None:
+    """Positions that the backbone's table holds, or None where positions are computed (rotary)."""
+    if "rope_parameters" in config or "rope_theta" in config or "rotary_pct" in config or "rope_scaling" in config:
+        return None
+    size = config.get("max_position_embeddings", config.get("n_positions"))
+    if size is None:
+        return None
+    # RoBERTa numbers positions from pad_token_id + 1 on, so the first rows of its table are never used.
+    if config["model_type"] in ("roberta", "xlm-roberta", "camembert"):
+        return int(size) - int(config.get("pad_token_id", 1)) - 1
+    return int(size)
+
+
+def _compare(factory: Any, hf_config: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Compares names and shapes with a model that takes no memory."""
+    with torch.device("meta"):
+        wanted = factory.from_config(hf_config).state_dict()
+    tied = re.compile(r"(lm_head|embed_out|output_embeddings)\.weight$") if hf_config.tie_word_embeddings else None
+    missing = [key for key in wanted if key not in weights and not (tied and tied.search(key))]
+    unknown = [key for key in weights if key not in wanted]
+    wrong = [
+        f"{key} is {tuple(weights[key].shape)} in the file, {tuple(wanted[key].shape)} in the config"
+        for key in wanted
+        if key in weights and weights[key].shape != wanted[key].shape
+    ]
+    if missing or unknown or wrong:
+        raise FormatError(
+            f"the weights do not fit a '{hf_config.model_type}' with this config: "
+            + "; ".join(
+                [f"{len(keys)} {what}: {', '.join(keys[:3])}" for keys, what in
+                 ((missing, "missing"), (unknown, "unknown"), (wrong, "of another shape")) if keys]
+            )
+            + ". Give the config.json of the backbone that was trained (--config)"
+        )

@@ -1,0 +1,1 @@
+"""Training of Recurrent Memory Transformers: tasks, curriculum, loop."""

@@ -1,0 +1,71 @@
+"""Packaging of rmt-trt: the folders at the top of the repository are the rooms of one package, `rmt_trt`."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+# Rooms that lie at the top level, by the import name they are mapped to. Nothing named `runtime` or `export`
+# is ever installed on its own.
+ROOMS = {
+    "rmt_trt": "rmt_trt",
+    "rmt_trt.model": "rmt_trt/model",
+    "rmt_trt.training": "rmt_trt/training",
+    "rmt_trt.commands": "rmt_trt/commands",
+    "rmt_trt.export": "export",
+    "rmt_trt.runtime": "runtime",
+    "rmt_trt.runtime.engines": "runtime/engines",
+    "rmt_trt.calibration": "calibration",
+    "rmt_trt.benchmarks": "benchmarks",
+}
+
+# Ranges only: a user may have any recent torch. Exact versions that are tested together stand in constraints.txt.
+TEXT = ["tokenizers>=0.20"]
+MODEL = ["torch>=2.9", "transformers>=5.0", *TEXT]
+EXTRAS = {
+    "text": TEXT,
+    "export": [*MODEL, "onnx>=1.19", "onnxscript>=0.6", "onnxruntime>=1.23"],
+    "cpu": ["onnxruntime>=1.23", *TEXT],
+    "gpu": ["onnxruntime-gpu>=1.23", "cuda-core>=1.0", *TEXT],
+    "tensorrt": ["tensorrt>=10.14", "cuda-core>=1.0", *TEXT],
+    "tensorrt-lean": ["tensorrt-lean-cu13>=10.14", "cuda-core>=1.0", *TEXT],
+    "tensorrt-rtx": ["tensorrt-rtx>=1.3", "cuda-core>=1.0", *TEXT],
+    "train": MODEL,
+    "bench": ["matplotlib>=3.8", "onnxruntime>=1.23"],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["export"],
+    "hypothesis>=6.100",
+    "pytest>=8.3",
+    "psutil>=5.9",
+    "ruff>=0.9",
+    "mypy>=1.14",
+    "wheel>=0.43",
+    "setuptools>=70",
+]
+
+COMMANDS = ["export", "run", "info", "verify", "train", "bench"]
+
+setup(
+    name="rmt-trt",
+    version="0.1.0",
+    description="From a trained Recurrent Memory Transformer to production: export the segment step, run any length.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=list(ROOMS),
+    package_dir=ROOMS,
+    package_data={"rmt_trt": ["py.typed"]},
+    install_requires=["numpy>=1.26", "safetensors>=0.4.3", "typer>=0.15", "rich>=13.7", "filelock>=3.12"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": [f"rmt-{name} = rmt_trt.commands.{name}:main" for name in COMMANDS]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
