@@ -41,8 +41,7 @@ EXTRAS["dev"] = [
     "psutil>=5.9",
     "ruff>=0.9",
     "mypy>=1.14",
-    "wheel>=0.43",
-    "setuptools>=70",
+    "setuptools>=77",
 ]
 
 COMMANDS = ["export", "run", "info", "verify", "train", "bench"]
