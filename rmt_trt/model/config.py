@@ -81,7 +81,7 @@ class ModelConfig:
         known = {f.name for f in fields(cls)}
         if not isinstance(value, Mapping) or not set(value) <= known:
             raise FormatError(f"model config is not a JSON object with the fields {sorted(known)}")
-        data = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        data: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         try:
             config = cls(**data)
             config.spec()
