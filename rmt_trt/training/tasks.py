@@ -1,0 +1,174 @@
+"""Synthetic documents of any length: one fact, noise, and a question at the end (arXiv 2304.11062, section 4).
+
+    memorize   [fact] [noise ............................] [question]
+    detect     [noise ......] [fact] [noise .............] [question]
+
+A document of length n has exactly n tokens. It is a few numbers until it is read, and it is read in pieces: the
+noise is drawn as it goes. Numpy only: who runs a model needs no torch to make its documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from rmt_trt.errors import ContractError
+from rmt_trt.training.words import CLASSES, FIRST, FULL_STOP, ID, PLACES, SIZE, TEMPLATES, WORDS, encode, text_of
+
+TASKS = ("memorize", "detect")
+LONGEST_FACT = 7
+QUESTION_LENGTH = 4
+MIN_LENGTH = LONGEST_FACT + QUESTION_LENGTH
+MAX_LENGTH = 1 << 40
+BLOCK = 2048  # sentences drawn at a time: some 150 KB, and large enough that numpy's calls cost nothing
+
+# Streams of random numbers are told apart by their first number: no document shares one with a training batch.
+DOCUMENTS, BATCHES = 0, 1
+
+# Each cell of a template is a run of ids: (first, size); size 1 is a fixed word, size 0 no word.
+_CELLS = [
+    [(FIRST[w[1:-1]], SIZE[w[1:-1]]) if w.startswith("{") else (ID[w], 1) for w in template.split()]
+    for template in TEMPLATES
+]
+_WIDTH = max(len(cells) for cells in _CELLS)
+_TABLE = np.array([cells + [(0, 0)] * (_WIDTH - len(cells)) for cells in _CELLS], dtype=np.uint64)
+
+
+class Draws:
+    """A stream of uniform random numbers, the same in every version of numpy.
+
+    PCG64 and its seeding are frozen by numpy, the methods of `Generator` are not: hence whole numbers are made
+    here from the raw bits.
+    """
+
+    def __init__(self, *seed: int) -> None:
+        self._bits = np.random.PCG64(np.random.SeedSequence(seed))
+
+    def below(self, bound: int | np.ndarray, count: int) -> np.ndarray:
+        """`count` numbers uint64, 0 <= number < bound; bound below 2**32, one for all or one for each."""
+        raw = self._bits.random_raw((count + 1) // 2).view(np.uint32)[:count]
+        return (raw.astype(np.uint64) * np.asarray(bound, dtype=np.uint64)) >> np.uint64(32)
+
+
+def sentences(draws: Draws, count: int) -> np.ndarray:
+    """The ids (n,) int64 of `count` random sentences, one after the other. No name of a person is among them."""
+    cells = _TABLE[draws.below(len(TEMPLATES), count).astype(np.intp)]
+    first, size = cells[..., 0].ravel(), cells[..., 1].ravel()
+    used = size > 0
+    first, size = first[used], size[used]
+    return (first + draws.below(size, len(size))).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Who went where: token ids of the fact and of its question, and the class that answers it (0 .. 5)."""
+
+    fact: tuple[int, ...]
+    question: tuple[int, ...]
+    answer: int
+
+
+def fact_of(name: int, mover: int, back: bool, place: int) -> Fact:
+    """The fact about the name, verb and place with these indices."""
+    who, verb, where = CLASSES["name"][name], CLASSES["mover"][mover], PLACES[place]
+    way = "back to" if back else "to"
+    return Fact(tuple(encode(f"{who} {verb} {way} the {where} .")), tuple(encode(f"where is {who} ?")), place)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document that has been decided on but not written: it always reads the same.
+
+    length    tokens, the question included
+    position  the token at which the fact begins
+    """
+
+    task: str
+    seed: int
+    length: int
+    position: int
+    fact: Fact
+
+    @property
+    def answer(self) -> str:
+        """The place, one of the six."""
+        return PLACES[self.fact.answer]
+
+    def pieces(self, size: int = 1 << 16) -> Iterator[np.ndarray]:
+        """The ids (<= size,) int64, piece by piece, in constant memory; each but the last has `size` tokens."""
+        if size < 1:
+            raise ContractError(f"a piece of {size} tokens was asked for; expected at least 1")
+        held: list[np.ndarray] = []
+        count = 0
+        for part in self._parts():
+            held.append(part)
+            count += len(part)
+            while count >= size:
+                whole = np.concatenate(held)
+                yield whole[:size]
+                held, count = [whole[size:]], count - size
+        if count:
+            yield np.concatenate(held)
+
+    def tokens(self) -> np.ndarray:
+        """All ids (length,) int64: eight bytes a token."""
+        return np.concatenate(list(self.pieces()))
+
+    def text(self) -> Iterator[str]:
+        """The document as readable text, piece by piece."""
+        return text_of(self.pieces())
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        draws = Draws(DOCUMENTS, self.seed, self.length, 1)
+        fact, question = np.array(self.fact.fact, np.int64), np.array(self.fact.question, np.int64)
+        yield from _noise(draws, self.position)
+        yield fact
+        yield from _noise(draws, self.length - self.position - len(fact) - len(question))
+        yield question
+
+
+def make_document(task: str, length: int, seed: int, position: int | None = None) -> Document:
+    """A document of exactly `length` tokens; the same arguments give the same document.
+
+    `position` is where the fact begins: 0 for "memorize"; for "detect" any place before the question, random
+    without it. Errors: ContractError.
+    """
+    if task not in TASKS:
+        raise ContractError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
+    if not MIN_LENGTH <= length <= MAX_LENGTH:
+        raise ContractError(f"length is {length} tokens; a fact and its question take {MIN_LENGTH} to {MAX_LENGTH}")
+    if not 0 <= seed < 1 << 63:
+        raise ContractError(f"seed is {seed}; expected a whole number from 0 to {(1 << 63) - 1}")
+    draws = Draws(DOCUMENTS, seed, length, 0)
+    name, mover, back, place = (int(n) for n in draws.below(np.array([SIZE["name"], SIZE["mover"], 2, SIZE["place"]]), 4))
+    fact = fact_of(name, mover, bool(back), place)
+    last = length - len(fact.fact) - len(fact.question)
+    if position is None:
+        position = 0 if task == "memorize" else _below_any(draws, last + 1)
+    if not 0 <= position <= (0 if task == "memorize" else last):
+        allowed = "0" if task == "memorize" else f"0 to {last}"
+        raise ContractError(f"position is {position}; in a {task} document of {length} tokens it can be {allowed}")
+    return Document(task, seed, length, position, fact)
+
+
+def words_of(ids: tuple[int, ...]) -> str:
+    """Ids as they stand in the vocabulary, divided by blanks."""
+    return " ".join(WORDS[i] for i in ids)
+
+
+def _noise(draws: Draws, count: int) -> Iterator[np.ndarray]:
+    """Exactly `count` tokens of noise; the last sentence is cut short, with its full stop."""
+    while count > 0:
+        block = sentences(draws, BLOCK)[:count]
+        count -= len(block)
+        if count == 0:
+            block[-1] = FULL_STOP
+        yield block
+
+
+def _below_any(draws: Draws, bound: int) -> int:
+    """One number below a bound of up to 2**62, made of two."""
+    high, low = (int(n) for n in draws.below(1 << 31, 2))
+    return ((high << 31 | low) * bound) >> 62
