@@ -2,6 +2,7 @@
 #   make demo    the whole way on the example model: export, verify, run
 #   make test    the tests; PYTEST_ARGS="tests/test_package.py -x" passes arguments on
 #   make check   format, lint, types, tests: what CI runs
+#   make style   format and lint alone
 #   make types   the type check alone
 #   make format  rewrites the Python files in the project's format
 #   make clean   removes all that these made
@@ -10,6 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := check
+.NOTPARALLEL:
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -24,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 MYPY := cd $(VENV) && bin/python -m mypy --config-file $(CURDIR)/pyproject.toml -p rmt_trt
 ROOMS := rmt_trt export runtime calibration benchmarks
 
-.PHONY: demo test check types format clean FORCE
+.PHONY: demo test check style types format clean FORCE
 
 demo: $(VENV)/linked
 	@$(BIN)/python examples/memorize/demo.py
@@ -33,11 +35,11 @@ demo: $(VENV)/linked
 test: $(VENV)/linked
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
-check: $(VENV)/linked
+check: style types test
+
+style: $(VENV)/linked
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(MYPY)
-	$(BIN)/pytest $(PYTEST_ARGS)
 
 types: $(VENV)/linked
 	$(MYPY)

@@ -1,10 +1,12 @@
 """Packaging of rmt-trt: the folders at the top of the repository are the rooms of one package, `rmt_trt`."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 
 HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "rmt_trt/__init__.py").read_text(encoding="utf-8"), re.M)
 
 # Rooms that lie at the top level, by the import name they are mapped to. Nothing named `runtime` or `export`
 # is ever installed on its own.
@@ -48,7 +50,7 @@ COMMANDS = ["export", "run", "info", "verify", "train", "bench"]
 
 setup(
     name="rmt-trt",
-    version="0.1.0",
+    version=VERSION[1],
     description="From a trained Recurrent Memory Transformer to production: export the segment step, run any length.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
