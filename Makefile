@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 EDITABLE := --config-settings editable_mode=strict -e
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # From outside the root, so that the installed package is seen and not the bare folder rmt_trt/.
-MYPY := cd $(VENV) && bin/python -m mypy --config-file $(CURDIR)/pyproject.toml -p rmt_trt
+MYPY := cd $(VENV) && bin/python -m mypy --config-file "$(CURDIR)/pyproject.toml" -p rmt_trt
 ROOMS := rmt_trt export runtime calibration benchmarks
 
 .PHONY: demo test check style types format clean FORCE
