@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.training.tasks import Document, make_document, words_of
+from rmt_trt.files import read_bounded, write_file
+from rmt_trt.training.tasks import TASKS, Document, make_document, words_of
 
 NUMBERS = ("seed", "length", "position")
 FIELDS = {"task", *NUMBERS, "fact", "question", "answer"}
@@ -33,7 +34,7 @@ class Question:
 
     @property
     def task(self) -> str:
-        """"memorize" or "detect"."""
+        """ "memorize" or "detect"."""
         return self.document.task
 
     @property
@@ -91,11 +92,9 @@ def load_questions(path: Path | str) -> list[Question]:
     """The questions of a file, in order. Errors: FormatError, naming file and line."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise FormatError(f"{path} has {path.stat().st_size} bytes; a questions file has at most {MAX_BYTES}")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise FormatError(f"{path} cannot be read as a questions file: {err}") from err
+        lines = read_bounded(path, MAX_BYTES, "a questions file").decode("utf-8").splitlines()
+    except UnicodeDecodeError as err:
+        raise FormatError(f"{path} is not UTF-8 text ({err}); expected a questions file") from err
     questions = [_read_line(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise FormatError(f"{path} holds no questions; expected one JSON object per line")
@@ -103,15 +102,14 @@ def load_questions(path: Path | str) -> list[Question]:
 
 
 def save_questions(path: Path | str, questions: Iterable[Question]) -> None:
-    """Writes a questions file."""
+    """Writes a questions file. Errors: FormatError, when it cannot be written."""
     text = "".join(json.dumps(question.to_json()) + "\n" for question in questions)
-    Path(path).write_text(text, encoding="utf-8")
+    write_file(Path(path), text.encode("utf-8"))
 
 
 def make_questions(length: int, count: int, first_seed: int) -> list[Question]:
-    """`count` questions over documents of `length` tokens, the two tasks in turn, one seed each."""
-    tasks = ("memorize", "detect")
-    return [Question(make_document(tasks[i % 2], length, first_seed + i)) for i in range(count)]
+    """`count` questions over documents of `length` tokens, the two tasks in turn, seeds from `first_seed` on."""
+    return [Question(make_document(TASKS[i % 2], length, first_seed + i)) for i in range(count)]
 
 
 def _read_line(where: str, line: str) -> Question:

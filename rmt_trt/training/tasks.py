@@ -49,7 +49,8 @@ class Draws:
     def below(self, bound: int | np.ndarray, count: int) -> np.ndarray:
         """`count` numbers uint64, 0 <= number < bound; bound below 2**32, one for all or one for each."""
         raw = self._bits.random_raw((count + 1) // 2).view(np.uint32)[:count]
-        return (raw.astype(np.uint64) * np.asarray(bound, dtype=np.uint64)) >> np.uint64(32)
+        numbers: np.ndarray = (raw.astype(np.uint64) * np.asarray(bound, dtype=np.uint64)) >> np.uint64(32)
+        return numbers
 
 
 def sentences(draws: Draws, count: int) -> np.ndarray:
@@ -96,19 +97,23 @@ class Document:
         """The place, one of the six."""
         return PLACES[self.fact.answer]
 
-    def pieces(self, size: int = 1 << 16) -> Iterator[np.ndarray]:
-        """The ids (<= size,) int64, piece by piece, in constant memory; each but the last has `size` tokens."""
-        if size < 1:
-            raise ContractError(f"a piece of {size} tokens was asked for; expected at least 1")
+    def pieces(self, size: int = 1 << 16, first: int | None = None) -> Iterator[np.ndarray]:
+        """The ids (<= size,) int64, piece by piece, in constant memory.
+
+        Each piece but the last has `size` tokens; the first may be given another size, as a short segment has.
+        """
+        if min(size, size if first is None else first) < 1:
+            raise ContractError(f"pieces of {size} tokens, the first of {first}, were asked for; expected at least 1")
+        wanted = size if first is None else first
         held: list[np.ndarray] = []
         count = 0
         for part in self._parts():
             held.append(part)
             count += len(part)
-            while count >= size:
+            while count >= wanted:
                 whole = np.concatenate(held)
-                yield whole[:size]
-                held, count = [whole[size:]], count - size
+                yield whole[:wanted]
+                held, count, wanted = [whole[wanted:]], count - wanted, size
         if count:
             yield np.concatenate(held)
 
@@ -142,7 +147,9 @@ def make_document(task: str, length: int, seed: int, position: int | None = None
     if not 0 <= seed < 1 << 63:
         raise ContractError(f"seed is {seed}; expected a whole number from 0 to {(1 << 63) - 1}")
     draws = Draws(DOCUMENTS, seed, length, 0)
-    name, mover, back, place = (int(n) for n in draws.below(np.array([SIZE["name"], SIZE["mover"], 2, SIZE["place"]]), 4))
+    name, mover, back, place = (
+        int(n) for n in draws.below(np.array([SIZE["name"], SIZE["mover"], 2, SIZE["place"]]), 4)
+    )
     fact = fact_of(name, mover, bool(back), place)
     last = length - len(fact.fact) - len(fact.question)
     if position is None:

@@ -14,45 +14,46 @@ import numpy as np
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 PAD_ID, UNK_ID, CLS_ID, SEP_ID = range(4)
 
-CLASSES: dict[str, tuple[str, ...]] = {
-    "mark": (".", "?", ","),
-    "fixed": tuple(
-        "where is the a an to back in on of and was were there had by with near behind under beside that then after "
-        "before while no one some said it very not but for from into over".split()
+_CLASSES = {
+    "mark": ". ? ,",
+    "fixed": (
+        "where is the a an to back in on of and was were there had by with near behind under beside that then "
+        "after before while no one some said it very not but for from into over"
     ),
-    "name": ("daniel", "john", "mary", "sandra"),
-    "place": ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office"),
-    "mover": ("went", "moved", "travelled", "journeyed", "walked", "ran", "hurried", "rushed"),
-    "animal": tuple(
+    "name": "daniel john mary sandra",
+    "place": "bathroom bedroom garden hallway kitchen office",
+    "mover": "went moved travelled journeyed walked ran hurried rushed",
+    "animal": (
         "cat dog horse fox owl crow hen goat sheep mouse rabbit duck goose wolf bear deer frog snail bee spider "
-        "hedgehog sparrow otter badger squirrel donkey pigeon turtle lizard falcon".split()
+        "hedgehog sparrow otter badger squirrel donkey pigeon turtle lizard falcon"
     ),
-    "thing": tuple(
+    "thing": (
         "lamp chair table window door bottle basket letter book map clock mirror candle hammer ladder bucket rope "
         "blanket carpet pillow kettle plate spoon knife bowl cup jar box coin ring stone feather umbrella lantern "
-        "bicycle wagon boat anchor compass telescope piano violin drum trumpet painting statue fountain bench fence "
-        "gate bridge tower chimney roof wall path river lake forest meadow hill valley island beach field barn mill "
-        "bakery library station market harbour village castle church school theatre museum newspaper notebook pencil "
-        "ribbon button scarf jacket boot hat glove suitcase ticket parcel stamp photograph puzzle kite marble "
-        "apple pear plum cherry lemon carrot onion pumpkin bread cheese honey soup tea cake".split()
+        "bicycle wagon boat anchor compass telescope piano violin drum trumpet painting statue fountain bench "
+        "fence gate bridge tower chimney roof wall path river lake forest meadow hill valley island beach field "
+        "barn mill bakery library station market harbour village castle church school theatre museum newspaper "
+        "notebook pencil ribbon button scarf jacket boot hat glove suitcase ticket parcel stamp photograph puzzle "
+        "kite marble apple pear plum cherry lemon carrot onion pumpkin bread cheese honey soup tea cake"
     ),
-    "quality": tuple(
+    "quality": (
         "old new small large bright dark red blue green yellow white black grey brown golden silver wooden broken "
         "clean dusty empty full heavy light warm cold wet dry soft hard round square narrow wide tall short quiet "
-        "noisy strange plain smooth rough shiny dull sharp clumsy gentle proud sleepy hungry famous forgotten hidden "
-        "cheap precious ancient modern crooked steep shallow deep pale".split()
+        "noisy strange plain smooth rough shiny dull sharp clumsy gentle proud sleepy hungry famous forgotten "
+        "hidden cheap precious ancient modern crooked steep shallow deep pale"
     ),
-    "deed": tuple(
-        "found carried painted covered watched followed touched repaired dropped pushed pulled lifted cleaned opened "
-        "closed counted noticed ignored admired described measured borrowed passed circled crossed guarded "
-        "examined remembered sketched wrapped polished decorated chased liked feared avoided".split()
+    "deed": (
+        "found carried painted covered watched followed touched repaired dropped pushed pulled lifted cleaned "
+        "opened closed counted noticed ignored admired described measured borrowed passed circled crossed guarded "
+        "examined remembered sketched wrapped polished decorated chased liked feared avoided"
     ),
-    "manner": tuple(
+    "manner": (
         "slowly quickly quietly loudly gently carefully often rarely always never sometimes yesterday today "
-        "meanwhile later again suddenly finally usually secretly happily calmly".split()
+        "meanwhile later again suddenly finally usually secretly happily calmly"
     ),
-    "weather": ("rain", "snow", "wind", "fog", "thunder", "sunshine", "hail", "frost", "mist", "storm"),
+    "weather": "rain snow wind fog thunder sunshine hail frost mist storm",
 }
+CLASSES = {name: tuple(words.split()) for name, words in _CLASSES.items()}
 
 WORDS: tuple[str, ...] = (*SPECIAL, *(word for words in CLASSES.values() for word in words))
 ID = {word: index for index, word in enumerate(WORDS)}
@@ -116,7 +117,9 @@ def tokenizer_json() -> str:
 
 
 _INNER = np.array([word if word in CLASSES["mark"] else f" {word}" for word in WORDS], dtype=object)
-_FIRST = np.array([word if word in CLASSES["mark"] else f" {word.capitalize()}" for word in WORDS], dtype=object)
+_FIRST = np.array(
+    [word if word in CLASSES["mark"] else f" {word[:1].upper()}{word[1:]}" for word in WORDS], dtype=object
+)
 _INNER[[ID[name] for name in NAMES]] = _FIRST[[ID[name] for name in NAMES]]
 
 

@@ -1,0 +1,134 @@
+"""What a training run is told, checked once, and its curriculum. Plain values only, no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+from rmt_trt.errors import ContractError, FormatError
+from rmt_trt.training.tasks import MIN_LENGTH
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """A small form E model over a fresh BERT, and how it is trained.
+
+    stages        the curriculum: the largest number of segments of each stage, rising
+    threshold     share of right answers at a stage's largest number of segments that passes the stage
+    patience      evaluations in a row that must reach the threshold
+    steps         optimizer steps in all; those left after the last stage is passed go on with it
+    warmup        steps in which the learning rate rises from 0; from there it falls linearly to a tenth
+    clip          largest norm of the gradient
+    bptt          segments at a document's end that gradients flow through; 0 means all
+    memory_noise  random noise on the memory between segments, as a share of its root mean square
+    eval_every    steps between two evaluations, each of `eval_rows` documents
+    """
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    segment_length: int = 128
+    num_memory: int = 10
+    stages: tuple[int, ...] = (1, 2, 3, 4, 5, 7)
+    threshold: float = 0.99
+    patience: int = 2
+    steps: int = 3000
+    batch: int = 256
+    learning_rate: float = 5e-4
+    warmup: int = 100
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    bptt: int = 0
+    memory_noise: float = 0.0
+    eval_every: int = 25
+    eval_rows: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in _WHOLE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ContractError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
+        for name, least, most in _REAL:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+                raise ContractError(f"{name} is {value!r}; expected a number from {least:g} to {most:g}")
+        if self.width % self.heads:
+            raise ContractError(f"width {self.width} is not a multiple of {self.heads} heads; choose one that is")
+        stages = tuple(self.stages) if isinstance(self.stages, (tuple, list)) else ()
+        whole = all(type(stage) is int and 1 <= stage <= 4096 for stage in stages)
+        if not stages or not whole or any(b <= a for a, b in pairwise(stages)):
+            raise ContractError(
+                f"stages are {self.stages!r}; expected rising numbers of segments from 1 to 4096, such as 1,2,3,5,7"
+            )
+        object.__setattr__(self, "stages", stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the file that a run is resumed from."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, value: object) -> TrainOptions:
+        """Reads what `to_json` wrote. Errors: FormatError, ContractError."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(value, Mapping) or set(value) != known:
+            raise FormatError(f"training options are not a JSON object with the fields {sorted(known)}")
+        return cls(**value)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        left = (self.steps - step) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (0.1 + 0.9 * left)
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Where a run stands: `stage` stages are passed, the next one has reached its threshold `reached` times in a row."""
+
+    stage: int = 0
+    reached: int = 0
+
+    def segments(self, options: TrainOptions) -> int:
+        """The largest number of segments that is trained now."""
+        return options.stages[min(self.stage, len(options.stages) - 1)]
+
+    def finished(self, options: TrainOptions) -> bool:
+        """Whether the last stage is passed."""
+        return self.stage == len(options.stages)
+
+    def after(self, accuracy: float, options: TrainOptions) -> Curriculum:
+        """Where the run stands after an evaluation at `segments`: a segment is added when the shorter task is learned."""
+        if self.finished(options):
+            return self
+        reached = self.reached + 1 if accuracy >= options.threshold else 0
+        return Curriculum(self.stage + 1, 0) if reached >= options.patience else Curriculum(self.stage, reached)
+
+
+_WHOLE = (
+    ("layers", 1, 64),
+    ("width", 8, 4096),
+    ("heads", 1, 64),
+    ("segment_length", MIN_LENGTH, 4096),
+    ("num_memory", 1, 1024),
+    ("patience", 1, 1000),
+    ("steps", 1, 10**8),
+    ("batch", 1, 1 << 16),
+    ("warmup", 0, 10**8),
+    ("bptt", 0, 4096),
+    ("eval_every", 1, 10**6),
+    ("eval_rows", 1, 1 << 20),
+    ("seed", 0, (1 << 31) - 1),
+)
+_REAL = (
+    ("threshold", 0.0, 1.0),
+    ("learning_rate", 1e-12, 1.0),
+    ("weight_decay", 0.0, 1.0),
+    ("clip", 1e-6, math.inf),
+    ("memory_noise", 0.0, 10.0),
+)

@@ -1,0 +1,50 @@
+"""What a run leaves beside its model: metrics.csv, one row per evaluation, and train.log, one line per event."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from rmt_trt.errors import FormatError
+from rmt_trt.files import write_file
+from rmt_trt.training.loop import Report
+
+COLUMNS = [field.name for field in fields(Report)]
+
+
+def start_metrics(path: Path, step: int) -> None:
+    """Begins metrics.csv; of one that is there, the rows up to `step` are kept: the later ones come again."""
+    rows: list[dict[str, str]] = []
+    if step and path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        try:
+            rows = [row for row in rows if int(row["step"]) <= step]
+        except (KeyError, TypeError, ValueError) as err:
+            raise FormatError(
+                f"{path} is no metrics.csv of rmt-train ({err!r}); move it away and resume again"
+            ) from err
+    write_file(path, _lines([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]).encode())
+
+
+def add_metrics(path: Path, report: Report) -> None:
+    """Appends an evaluation."""
+    with path.open("a", newline="", encoding="utf-8") as file:
+        file.write(_lines([[f"{v:.6g}" if isinstance(v, float) else str(v) for v in asdict(report).values()]]))
+
+
+def line_of(report: Report, stages: int) -> str:
+    """An evaluation as a line for people."""
+    stage = f"stage {report.stage + 1} of {stages}" if report.stage < stages else "all stages passed"
+    return (
+        f"step {report.step:6d}  {stage:18s} segments {report.segments:3d}  loss {report.loss:.4f}  "
+        f"accuracy {report.accuracy:7.2%}  lr {report.learning_rate:.2e}  {report.seconds:7.1f} s"
+    )
+
+
+def _lines(rows: list[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

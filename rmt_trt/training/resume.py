@@ -1,0 +1,79 @@
+"""The file that a stopped run goes on from, bit for bit: weights, optimizer, random numbers, curriculum, step.
+
+Plain values and tensors, readable with `weights_only=True`; written whole or not at all, so that a run that dies while
+saving keeps the one before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmt_trt.errors import FormatError
+from rmt_trt.files import atomic_file
+from rmt_trt.model.files import read_file
+from rmt_trt.training.loop import Run, start
+from rmt_trt.training.options import Curriculum, TrainOptions
+
+FORMAT = "rmt-trt-training"
+FORMAT_VERSION = 1
+FIELDS = {"format", "format_version", "options", "model", "optimizer", "curriculum", "step", "max_segments", "rng"}
+
+
+def save_run(path: Path, run: Run) -> None:
+    """Writes a run at the step where it stands. Errors: FormatError, when it cannot be written."""
+    device = run.model.memory.device
+    value = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "options": run.options.to_json(),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "curriculum": [run.curriculum.stage, run.curriculum.reached],
+        "step": run.step,
+        "max_segments": run.model.config.max_segments,
+        "rng": {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        },
+    }
+    with atomic_file(path) as temporary:
+        torch.save(value, temporary)
+
+
+def load_run(path: Path, device: torch.device) -> Run:
+    """The run that `save_run` wrote, torch's random numbers set to where they were. Errors: FormatError.
+
+    On another kind of device than before it goes on just as well, but not bit for bit.
+    """
+    value = _read(path)
+    options = TrainOptions.from_json(value["options"])
+    run = start(options, device)
+    try:
+        run.model.load_state_dict(value["model"])
+        run.optimizer.load_state_dict(value["optimizer"])
+        run.curriculum = Curriculum(*(int(number) for number in value["curriculum"]))
+        run.step = int(value["step"])
+        run.model.config = replace(run.model.config, max_segments=int(value["max_segments"]))
+        torch.set_rng_state(value["rng"]["cpu"])
+        if device.type == "cuda" and value["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(value["rng"]["cuda"], device)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as err:
+        raise FormatError(f"{path} does not fit the run that its options describe: {err}") from err
+    if not 0 <= run.step <= options.steps or not 0 <= run.curriculum.stage <= len(options.stages):
+        raise FormatError(f"{path} stands at step {run.step} of {options.steps}; it was changed since it was written")
+    return run
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FormatError(f"{path} does not exist; there is no run to resume here. Start one without --resume")
+    value = read_file(path)
+    if value.get("format") != FORMAT or set(value) != FIELDS:
+        raise FormatError(f"{path} is no file to resume training from; expected the resume.pt of an rmt-train run")
+    if value["format_version"] != FORMAT_VERSION:
+        raise FormatError(f"{path} has format version {value['format_version']!r}; expected {FORMAT_VERSION}")
+    return value
