@@ -1,0 +1,144 @@
+"""Segment step -> one ONNX graph, with the names of the contract and its spec and initial state in the metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rmt_trt.contract import SEGMENT, StepSpec
+from rmt_trt.errors import ContractError, FormatError
+from rmt_trt.initial_state import to_metadata
+from rmt_trt.model.step import fingerprint
+
+# Opset 20 is read by every engine at hand: ONNX Runtime, TensorRT 10 and 11, TensorRT-RTX, in fp32 and fp16. Opset 23
+# has a standard Attention node, which TensorRT builders refuse in fp32 without being told to decompose it.
+OPSET = 20
+# A protobuf file ends at 2 GiB; the graph itself needs some of it.
+EXTERNAL_DATA_BYTES = (1 << 31) - (16 << 20)
+
+
+def export_step(
+    step: nn.Module,
+    spec: StepSpec,
+    path: Path | str,
+    initial: Mapping[str, Any] | None = None,
+    *,
+    opset: int = OPSET,
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
+) -> StepSpec:
+    """Writes `step` as an ONNX graph with dynamic batch and text length (1 .. segment_length).
+
+    step     forward(*states, segment) -> (*new states, logits) with the shapes of `spec`; ids below 0 in `segment`
+             are padding at a row's end, and a row of padding gives back its states. A module of the user's own works.
+    initial  first value of each state, keyed by `StateSpec.initial`, each (*shape); None reads the step's
+             attributes of those names (`step.memory`)
+    external_data_bytes  from this many bytes of weights on, they go into `path` + ".data"
+
+    Returns the spec with the fingerprint of the weights in it, as it stands in the file's metadata.
+    Errors: ContractError, when the step cannot be exported or its graph does not fit the spec.
+    """
+    path = Path(path)
+    values = initial_values(step, spec, initial)
+    spec = spec.with_(fingerprint=fingerprint(step, {name: torch.as_tensor(value) for name, value in values.items()}))
+    metadata = to_metadata(spec, values)
+    program = _export(step.eval(), spec, opset)
+    _check_graph(program.model, spec)
+    program.model.metadata_props.update(metadata)
+    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
+    try:
+        program.save(path, external_data=size >= external_data_bytes)
+    except OSError as err:
+        raise FormatError(f"cannot write {path}: {err.strerror or err}. Free some space or choose another place") from err
+    return spec
+
+
+def initial_values(step: nn.Module, spec: StepSpec, initial: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """The first value of each state in its dtype, from `initial` or from the step's own attributes."""
+    values = {}
+    for state in spec.states:
+        value = getattr(step, state.initial, None) if initial is None else initial.get(state.initial)
+        if value is None:
+            raise ContractError(
+                f"the initial value of state '{state.initial}' is unknown: the step has no attribute of that name. "
+                f"Pass initial={{'{state.initial}': array of shape {state.shape}}}"
+            )
+        value = value.detach().cpu().float().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        values[state.initial] = value.astype(state.dtype)
+    return values
+
+
+def _export(step: nn.Module, spec: StepSpec, opset: int) -> Any:
+    """Traces with two rows and a text that is neither 1 nor S long: a size that is special would be frozen."""
+    length = min(spec.segment_length, max(2, spec.segment_length // 2))
+    device = next(step.parameters()).device
+    states = tuple(torch.zeros((2, *state.shape), dtype=getattr(torch, state.dtype), device=device) for state in spec.states)
+    segment = torch.zeros((2, length), dtype=torch.int64, device=device)
+    batch = torch.export.Dim("batch", min=1)
+    text = torch.export.Dim("text", min=1, max=spec.segment_length) if spec.segment_length > 1 else None
+    shapes = (*({0: batch} for _ in states), {0: batch, 1: text} if text else {0: batch})
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.onnx.export(
+                step,
+                (*states, segment),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(spec.inputs),
+                output_names=list(spec.outputs),
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    except Exception as err:  # torch.export and the exporter raise many kinds
+        detail = next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
+        raise ContractError(
+            f"the step cannot be exported to ONNX by torch {torch.__version__}: {detail}. It must accept any batch and "
+            f"1 to {spec.segment_length} text tokens, without branches on values"
+        ) from err
+
+
+def _check_graph(model: Any, spec: StepSpec) -> None:
+    """Refuses a graph whose axes the exporter has frozen silently, or whose names or dtypes are not the spec's."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    outputs = [value.name for value in model.graph.outputs]
+    if list(inputs) != list(spec.inputs) or outputs != list(spec.outputs):
+        raise ContractError(
+            f"the exported graph has inputs {list(inputs)} and outputs {outputs}; the spec says {list(spec.inputs)} and "
+            f"{list(spec.outputs)}. Does the step return its new states and then its logits?"
+        )
+    for name, value in inputs.items():
+        dynamic = (0, 1) if name == SEGMENT and spec.segment_length > 1 else (0,)
+        frozen = [axis for axis in dynamic if isinstance(value.shape[axis], int)]
+        if frozen:
+            raise ContractError(
+                f"the exporter froze axes {frozen} of '{name}' to {[value.shape[axis] for axis in frozen]}: the step branches on "
+                f"its input's size. Make its code work for any batch and length"
+            )
+    for state in spec.states:
+        new = model.graph.outputs[spec.outputs.index(state.output)]
+        trailing = tuple(new.shape[1:])
+        if trailing != state.shape or new.dtype != inputs[state.input].dtype:
+            raise ContractError(
+                f"the step gives '{state.output}' as (batch, {trailing}) {new.dtype}; the spec says {state.shape} {state.dtype}"
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about packages that nothing here uses; what matters is raised or checked."""
+    noisy = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            noisy.setLevel(level)

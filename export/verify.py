@@ -1,0 +1,207 @@
+"""Verification: an engine against the PyTorch recurrence, memory and logits, after every one of many segments.
+
+An error that one step hides can grow or die out along a recurrence, so the report gives it after 1, 2, 4, 8, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rmt_trt.contract import StepSpec
+from rmt_trt.errors import ContractError, VerificationError
+from rmt_trt.model.recurrence import recurrence
+from rmt_trt.model.step import DecoderStep, EncoderStep
+from rmt_trt.runtime import RMTRuntime
+from rmt_trt.runtime.segments import cut
+
+# Largest relative L2 error of memory and logits that is accepted along the recurrence. fp32: the largest seen over
+# all backbones and lengths of the parity tests is some 1e-6 (docs/results/parity.md), so a hundred times that.
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+# What a document is compared by: after every segment, its states in the spec's order and its logits.
+Reference = Callable[[np.ndarray], Iterable[tuple[tuple[np.ndarray, ...], np.ndarray]]]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Relative L2 errors after a segment (1 is the first): the largest of the states', and the logits'."""
+
+    segment: int
+    tokens: int
+    memory: float
+    logits: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verification found. `rows` has a Drift for every segment; `batch_*` the worst of a batch of unequal lengths.
+
+    memory_effect: by how much the logits of the last segment change when its memory is reset. Where it is tiny, the
+    logits say nothing about the memory.
+    """
+
+    engine: str
+    dtype: str
+    reference: str
+    segments: int
+    tolerance: float
+    rows: tuple[Drift, ...]
+    batch_memory: float
+    batch_logits: float
+    memory_effect: float
+
+    @property
+    def worst(self) -> float:
+        """The largest error of all; nan if one is."""
+        errors = [(self.batch_memory, self.batch_logits), *((row.memory, row.logits) for row in self.rows)]
+        return float(np.max(errors))
+
+    @property
+    def passed(self) -> bool:
+        return self.worst <= self.tolerance  # False for nan
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"worst": self.worst, "passed": self.passed}
+
+    def milestones(self) -> list[Drift]:
+        """The rows after 1, 2, 4, 8, ... segments, and the last."""
+        return [row for row in self.rows if row.segment & (row.segment - 1) == 0 or row is self.rows[-1]]
+
+    def require(self) -> None:
+        """Errors: VerificationError, when the report did not pass."""
+        if not self.passed:
+            bad = next((r for r in self.rows if not max(r.memory, r.logits) <= self.tolerance), None)
+            where = f"after segment {bad.segment} (memory {bad.memory:.1e}, logits {bad.logits:.1e})" if bad else "in a batch"
+            raise VerificationError(
+                f"engine '{self.engine}' ({self.dtype}) drifts from the {self.reference} by {self.worst:.1e}, more than "
+                f"{self.tolerance:.1e}, first {where}. Set another limit with --tolerance, or keep it with --accept-drift"
+            )
+
+
+def verify(
+    runtime: RMTRuntime,
+    reference: Reference,
+    segments: int = 16,
+    tolerance: float | None = None,
+    seed: int = 0,
+    name: str = "PyTorch recurrence",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Runs a document of `segments` segments, one of them short, and a batch of unequal lengths through both.
+
+    progress is called with (segments done, segments in all). Errors: ContractError for options out of range.
+    """
+    if segments < 2:
+        raise ContractError(f"segments is {segments}; expected at least 2, one of which is short")
+    spec = runtime.spec
+    limit = TOLERANCES.get(runtime.dtype) if tolerance is None else tolerance
+    if limit is None or not limit > 0:
+        raise ContractError(f"tolerance is {limit!r} for {runtime.dtype}; expected a number above 0 (--tolerance)")
+    document = random_document(spec, (segments - 1) * spec.segment_length + max(1, spec.segment_length // 3), seed)
+    lengths = sorted({1, max(1, spec.segment_length - 1), spec.segment_length + 1, 2 * spec.segment_length})
+    batch = [random_document(spec, length, seed + 1 + i) for i, length in enumerate(lengths)]
+    total = segments + sum(cut(n, spec.segment_length, spec.alignment).count(n) for n in lengths)
+
+    rows: list[Drift] = []
+    for drift in _compare(runtime, reference, document):
+        rows.append(drift)
+        progress(len(rows), total)
+    worst = _compare_batch(runtime, reference, batch)
+    progress(total, total)
+    return Report(
+        engine=runtime.engine,
+        dtype=runtime.dtype,
+        reference=name,
+        segments=segments,
+        tolerance=limit,
+        rows=tuple(rows),
+        batch_memory=worst[0],
+        batch_logits=worst[1],
+        memory_effect=memory_effect(runtime, document),
+    )
+
+
+def random_document(spec: StepSpec, length: int, seed: int) -> np.ndarray:
+    """(length,) int64 ids drawn evenly from the vocabulary without the dropped ids."""
+    allowed = np.setdiff1d(np.arange(spec.vocab_size), np.array(spec.dropped_ids, np.int64))
+    return np.random.default_rng(seed).choice(allowed, length).astype(np.int64)
+
+
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
+    """||value - reference|| / ||reference||, L2 over all entries, in float64."""
+    wanted = reference.astype(np.float64)
+    return float(np.linalg.norm(value.astype(np.float64) - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
+
+
+def model_reference(model: EncoderStep | DecoderStep) -> Reference:
+    """The plain recurrence of a published model."""
+
+    def run(tokens: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
+        for memory, logits in recurrence(model, tokens):
+            yield (memory.numpy(),), logits.numpy()
+
+    return run
+
+
+def step_reference(step: nn.Module, spec: StepSpec, initial: Sequence[np.ndarray]) -> Reference:
+    """A user's own step in PyTorch, one document by itself, never padded. initial: in the spec's order, each (*shape)."""
+
+    @torch.no_grad()
+    def run(tokens: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
+        states = [torch.from_numpy(np.array(value))[None] for value in initial]
+        plan, start, index = cut(len(tokens), spec.segment_length, spec.alignment), 0, 0
+        while start < len(tokens):
+            segment = tokens[start : start + plan.size(index)]
+            *states, logits = step(*states, torch.from_numpy(segment)[None])
+            yield tuple(state[0].numpy() for state in states), logits[0].numpy()
+            start, index = start + len(segment), index + 1
+
+    return run
+
+
+def engine_reference(runtime: RMTRuntime) -> Reference:
+    """Another engine, such as the fp32 graph on the CPU."""
+
+    def run(tokens: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
+        for piece in runtime.stream(tokens, memory=True):
+            if piece.logits is not None:
+                yield piece.states, piece.logits
+
+    return run
+
+
+def memory_effect(runtime: RMTRuntime, document: np.ndarray) -> float:
+    """Relative change of the last segment's logits when that segment starts from the initial memory instead."""
+    last = cut(len(document), runtime.spec.segment_length, "left")
+    start = (last.count(len(document)) - 1) * last.rest
+    carried = list(runtime.stream(document, alignment="left"))[-1].logits
+    reset = list(runtime.stream(document[start:], alignment="left"))[-1].logits
+    return relative_error(reset, carried) if carried is not None and reset is not None else 0.0
+
+
+def _compare(runtime: RMTRuntime, reference: Reference, document: np.ndarray) -> Iterator[Drift]:
+    pairs = zip(runtime.stream(document, memory=True), reference(document), strict=True)
+    for number, (piece, (states, logits)) in enumerate(pairs, 1):
+        yield Drift(number, piece.stop, *_errors(piece.states, piece.logits, states, logits))
+
+
+def _compare_batch(runtime: RMTRuntime, reference: Reference, batch: list[np.ndarray]) -> tuple[float, float]:
+    """The worst errors of memory and logits over every segment of every document, run together."""
+    wanted = [iter(reference(document)) for document in batch]
+    errors = [
+        _errors(piece.states, piece.logits, *next(wanted[piece.row])) for piece in runtime.stream(batch, memory=True)
+    ]
+    memory, logits = np.max(errors, axis=0)
+    return float(memory), float(logits)
+
+
+def _errors(
+    states: Sequence[np.ndarray], logits: np.ndarray | None, wanted: Sequence[np.ndarray], wanted_logits: np.ndarray
+) -> tuple[float, float]:
+    memory = float(np.max([relative_error(value, want) for value, want in zip(states, wanted, strict=True)]))
+    return memory, float("inf") if logits is None else relative_error(logits, wanted_logits)

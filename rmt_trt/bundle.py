@@ -1,0 +1,251 @@
+"""The bundle `NAME.rmt/`: what travels from the training side to the serving side. `docs/bundle.md` describes it.
+
+`manifest.json` names every other file with size and SHA-256; files that it does not name are ignored. A new bundle
+is written in a temporary folder and renamed. An addition writes its file, syncs it, then replaces the manifest last,
+under a lock. Loading trusts nothing: sizes before reading, hashes before use, paths inside the folder, no pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import filelock
+import numpy as np
+
+import rmt_trt
+from rmt_trt import initial_state
+from rmt_trt.contract import DTYPES, ENGINES, StepSpec
+from rmt_trt.errors import ContractError, FormatError
+from rmt_trt.files import atomic_file, atomic_folder, read_bounded, read_json, sha256, write_file
+
+FORMAT = "rmt-trt-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STEP = "step.onnx"
+INITIAL = "initial_state.safetensors"
+TOKENIZER = "tokenizer.json"
+REPORT = "verification.json"
+ROLES = ("step", "prefill", "decode")
+HEADS = ("all", "last", "loglik", "none")
+
+MANIFEST_LIMIT = 16 << 20
+TOKENIZER_LIMIT = 256 << 20
+FILE_LIMIT = 1 << 42
+MAX_FILES = 4096
+LOCK_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 in hexadecimal of a file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """An ONNX graph: what it is for and the external data files (names inside the bundle) that it reads."""
+
+    file: str
+    role: str = "step"
+    engine: str = "cpu"
+    dtype: str = "fp32"
+    head: str = "all"
+    opset: int = 0
+    data: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", tuple(self.data))
+        allowed = {"role": ROLES, "engine": ENGINES, "dtype": DTYPES, "head": HEADS}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise FormatError(f"graph {self.file!r}: {name} is {getattr(self, name)!r}; expected one of {values}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json` as values. `model` is the model's config and `source` what the bundle was exported from."""
+
+    spec: StepSpec
+    graphs: tuple[GraphEntry, ...]
+    files: dict[str, FileEntry]
+    made_by: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] | None = None
+    verification: dict[str, Any] = field(default_factory=dict)
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """Sorted, indented, so that two manifests can be compared line by line."""
+        value = asdict(self) | {"spec": self.spec.to_json()}
+        return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, value: object, where: Path) -> Manifest:
+        """Checks every field. Errors: FormatError, ContractError, naming the file `where` it stands."""
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise FormatError(f"{where} is no manifest of an rmt-trt bundle (no \"format\": \"{FORMAT}\")")
+        if value.get("format_version") != FORMAT_VERSION:
+            raise FormatError(
+                f"{where} has format version {value.get('format_version')!r}; this rmt-trt {rmt_trt.__version__} reads "
+                f"version {FORMAT_VERSION}. Update rmt-trt, or export the model again"
+            )
+        unknown = sorted(set(value) - {f.name for f in fields(cls)})
+        if unknown:
+            raise FormatError(f"{where} has unknown fields {unknown}; it is altered or of another version")
+        try:
+            files = {_safe_name(name, where): _file_entry(name, entry, where) for name, entry in value["files"].items()}
+            graphs = tuple(GraphEntry(**graph) for graph in value["graphs"])
+            spec = StepSpec.from_json(value["spec"])
+            rest = {key: value[key] for key in ("made_by", "source", "model", "verification") if key in value}
+        except (KeyError, TypeError, AttributeError) as err:
+            raise FormatError(f"{where} is incomplete or malformed: {err!r}. Export the model again") from err
+        if len(files) > MAX_FILES:
+            raise FormatError(f"{where} names {len(files)} files; at most {MAX_FILES} are read")
+        for name in (INITIAL, *(name for graph in graphs for name in (graph.file, *graph.data))):
+            if name not in files:
+                raise FormatError(f"{where} uses the file {name!r} without stating its size and hash")
+        if not any(graph.role == "step" for graph in graphs):
+            raise FormatError(f"{where} names no graph with role 'step'")
+        return cls(spec=spec, graphs=graphs, files=files, **rest)
+
+
+class Bundle:
+    """A bundle on disk, opened for reading. Each file is checked once, when it is first used.
+
+    Errors, of every method: FormatError, when a file is missing, altered, too large or outside the folder.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FormatError(f"{self.path} is no folder; expected a bundle written by rmt-export")
+        where = self.path / MANIFEST
+        self.manifest = Manifest.from_json(read_json(where, MANIFEST_LIMIT, "a bundle's manifest"), where)
+        self._checked: set[str] = set()
+
+    @property
+    def spec(self) -> StepSpec:
+        return self.manifest.spec
+
+    def file(self, name: str) -> Path:
+        """Path of a file whose size and hash are those of the manifest."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise FormatError(f"{self.path} has no file {name!r} in its manifest; it has {sorted(self.manifest.files)}")
+        path = self.path / name
+        if name not in self._checked:
+            if not path.resolve().is_relative_to(self.path.resolve()) or path.is_symlink() or not path.is_file():
+                raise FormatError(f"{path} is missing, or no regular file inside the bundle. Copy the whole folder again")
+            size = path.stat().st_size
+            if size != entry.size:
+                raise FormatError(
+                    f"{path} has {size} bytes; the manifest says {entry.size}. It was cut or altered: copy the bundle again"
+                )
+            if sha256(path) != entry.sha256:
+                raise FormatError(f"{path} is not the file that was exported (SHA-256 differs). Copy the bundle again")
+            self._checked.add(name)
+        return path
+
+    def graph(self, engine: str, dtype: str = "fp32", head: str = "all", role: str = "step") -> GraphEntry | None:
+        """The entry of the graph made for this use, or None."""
+        wanted = (role, engine, dtype, head)
+        return next((g for g in self.manifest.graphs if (g.role, g.engine, g.dtype, g.head) == wanted), None)
+
+    def graph_path(self, entry: GraphEntry) -> Path:
+        """Path of a graph whose external data files are checked too."""
+        for name in entry.data:
+            self.file(name)
+        return self.file(entry.file)
+
+    def initial(self) -> tuple[np.ndarray, ...]:
+        """The initial states in the spec's order, each (*shape)."""
+        limit = initial_state.size_limit(self.spec)
+        data = read_bounded(self.file(INITIAL), limit, "the initial state")
+        return initial_state.from_bytes(data, self.spec, str(self.path / INITIAL))
+
+    def tokenizer(self) -> str | None:
+        """The text of tokenizer.json, or None."""
+        if TOKENIZER not in self.manifest.files:
+            return None
+        data = read_bounded(self.file(TOKENIZER), TOKENIZER_LIMIT, "a tokenizer")
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as err:
+            raise FormatError(f"{self.path / TOKENIZER} is not UTF-8 text ({err})") from err
+
+    def report(self) -> dict[str, Any]:
+        """The verification report that was written at export."""
+        report = read_json(self.file(REPORT), MANIFEST_LIMIT, "a verification report")
+        if not isinstance(report, dict):
+            raise FormatError(f"{self.path / REPORT} is {type(report).__name__}; expected a JSON object")
+        return report
+
+
+@contextlib.contextmanager
+def new_bundle(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill; `write_manifest` comes last. It becomes `path` on success and vanishes otherwise."""
+    with atomic_folder(path, overwrite) as folder:
+        yield folder
+        if not (folder / MANIFEST).is_file():
+            raise ContractError(f"no manifest was written for {path}")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Measures every file in the folder and writes the manifest, which names them all."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = {name: FileEntry((folder / name).stat().st_size, sha256(folder / name)) for name in names}
+    write_file(folder / MANIFEST, replace(manifest, files=files).to_json().encode())
+
+
+def add_file(path: Path, name: str, source: Path, graph: GraphEntry | None = None, **changes: Any) -> Bundle:
+    """Adds a file (copied from `source`) to an existing bundle, then replaces its manifest, under a lock.
+
+    `graph` lists it as a graph; `changes` replace fields of the manifest. Errors: FormatError.
+    """
+    _safe_name(name, path)
+    try:
+        with filelock.FileLock(path / ".lock", timeout=LOCK_SECONDS):
+            bundle = Bundle(path)
+            target = path / name
+            target.parent.mkdir(exist_ok=True)
+            with atomic_file(target) as temporary, source.open("rb") as reader, temporary.open("wb") as writer:
+                while block := reader.read(1 << 20):
+                    writer.write(block)
+            old = bundle.manifest
+            graphs = tuple(g for g in old.graphs if g.file != name) + ((graph,) if graph else ())
+            files = {**old.files, name: FileEntry(target.stat().st_size, sha256(target))}
+            manifest = replace(old, files=files, graphs=graphs, **changes)
+            write_file(path / MANIFEST, manifest.to_json().encode())
+    except filelock.Timeout as err:
+        raise FormatError(f"{path} is being written by another process; try again when it is done") from err
+    return Bundle(path)
+
+
+def made_by(**versions: str) -> dict[str, str]:
+    """What made a bundle: rmt-trt, Python and the libraries named."""
+    return {"rmt_trt": rmt_trt.__version__, "python": platform.python_version(), **versions}
+
+
+def _safe_name(name: object, where: Path) -> str:
+    path = PurePosixPath(name) if isinstance(name, str) else None
+    if path is None or not name or path.is_absolute() or ".." in path.parts or "\\" in str(name) or ":" in str(name):
+        raise FormatError(f"{where} names the file {name!r}; only relative paths inside the bundle are read")
+    return str(name)
+
+
+def _file_entry(name: str, entry: Any, where: Path) -> FileEntry:
+    size, digest = entry["size"], entry["sha256"]
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= FILE_LIMIT:
+        raise FormatError(f"{where}: file {name!r} claims {size!r} bytes; expected a whole number up to {FILE_LIMIT}")
+    if not isinstance(digest, str) or len(digest) != 64:
+        raise FormatError(f"{where}: file {name!r} has no SHA-256 of 64 hexadecimal digits")
+    return FileEntry(size, digest)

@@ -1,0 +1,117 @@
+"""Writing that leaves nothing half, and reading that believes no size: used for every file that rmt-trt owns."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rmt_trt.errors import FormatError
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; on success it is synced and renamed to `path`, else removed.
+
+    Errors: FormatError, when the folder cannot be written or the disk is full. A KeyboardInterrupt passes through;
+    what `path` held before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as err:
+        raise _cannot_write(path, err) from err
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; on success it takes `path`'s place, else it is removed.
+
+    Errors: FormatError, when `path` exists and `overwrite` is not set, or when writing fails.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise FormatError(f"{path} exists already. Choose another name (-o), or replace it with --overwrite")
+    if overwrite and path.exists() and not (path / "manifest.json").is_file():
+        raise FormatError(f"{path} exists and is not a bundle; it is not replaced. Choose another name (-o)")
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    except OSError as err:
+        raise _cannot_write(path, err) from err
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for name in temporary.rglob("*"):
+            sync(name)
+        if path.exists():
+            retired = temporary.with_suffix(".old")
+            os.rename(path, retired)
+            os.rename(temporary, path)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            os.rename(temporary, path)
+        sync(path.parent)
+    except OSError as err:
+        raise _cannot_write(path, err) from err
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a whole file atomically. Errors: FormatError, as `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_bounded(path: Path, limit: int, what: str) -> bytes:
+    """Reads a regular file of at most `limit` bytes. Errors: FormatError, naming the file and `what` it should be."""
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise FormatError(f"{path} is not a regular file; expected {what}")
+        if size > limit:
+            raise FormatError(f"{path} has {size} bytes; {what} has at most {limit}. It is not read")
+        with path.open("rb") as file:
+            return file.read(limit)
+    except OSError as err:
+        raise FormatError(f"{path} cannot be read ({err.strerror}); expected {what}") from err
+
+
+def read_json(path: Path, limit: int, what: str) -> Any:
+    """Reads a JSON file of at most `limit` bytes. Errors: FormatError."""
+    data = read_bounded(path, limit, what)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as err:
+        raise FormatError(f"{path} is not valid JSON ({err}); expected {what}") from err
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, err: OSError) -> FormatError:
+    return FormatError(
+        f"cannot write {path}: {err.strerror or err}. Nothing was left behind; free some space or choose another place"
+    )

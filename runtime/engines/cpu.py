@@ -1,0 +1,133 @@
+"""ONNX Runtime on the CPU: the embedded default engine. States are numpy arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
+from rmt_trt.errors import ContractError, EngineError, FormatError, require
+
+if TYPE_CHECKING:
+    from rmt_trt.runtime.source import Source
+
+NAME = "cpu"
+DTYPE = "fp32"
+ERRORS_ONLY = 3  # ONNX Runtime's log severity
+
+
+def refusal(source: Source, dtype: str, device: int) -> str | None:
+    """Why this engine cannot run the source, or None."""
+    if source.kind == "checkpoint":
+        return "it runs an exported graph, and this is a checkpoint. Export it with: rmt-export"
+    if dtype != DTYPE:
+        return f"it runs {DTYPE} graphs, not {dtype}"
+    if source.bundle is not None and source.bundle.graph(NAME, DTYPE) is None:
+        return f"the bundle holds no {DTYPE} graph for it. Export the model again with rmt-export"
+    try:
+        require("onnxruntime", "cpu", "the CPU engine")
+    except EngineError as err:
+        return str(err)
+    return None
+
+
+def open_engine(source: Source, dtype: str, device: int, threads: int | None) -> CPUEngine:
+    """Errors: EngineError or FormatError, when ONNX Runtime refuses the graph or it does not fit its spec."""
+    if source.bundle is not None:
+        entry = source.bundle.graph(NAME, dtype)
+        if entry is None:
+            raise EngineError(f"{source.path} holds no {dtype} graph for the CPU engine")
+        return CPUEngine(open_session(source.bundle.graph_path(entry), threads), source.spec)
+    return CPUEngine(source.session or open_session(source.path, threads), source.spec)
+
+
+def open_session(path: Path, threads: int | None = None) -> Any:
+    """An ONNX Runtime session on the CPU. ONNX Runtime itself refuses external data outside the graph's folder.
+
+    Errors: FormatError, with ONNX Runtime's own words.
+    """
+    ort = require("onnxruntime", "cpu", "the CPU engine")
+    options = ort.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise ContractError(f"threads is {threads!r}; expected a whole number of at least 1")
+        options.intra_op_num_threads = threads
+    if not path.is_file():
+        raise FormatError(f"{path} is no file; expected an ONNX graph")
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
+        raise FormatError(
+            f"ONNX Runtime {ort.__version__} refuses {path}: {_one_line(err)}. If the file is damaged or was altered, "
+            f"export the model again"
+        ) from err
+
+
+class CPUEngine:
+    """An ONNX Runtime session behind the engine contract."""
+
+    name = NAME
+    dtype = DTYPE
+
+    def __init__(self, session: Any, spec: StepSpec) -> None:
+        ort = require("onnxruntime", "cpu", "the CPU engine")
+        check_signature(session, spec)
+        self._session = session
+        self._spec = spec
+        self._states = [state.output for state in spec.states]
+        # A graph computes all its outputs unless told otherwise: without the logits, the head is not paid for.
+        self._without_logits = ort.RunOptions()
+        self._without_logits.only_execute_path_to_fetches = True
+
+    def load(self, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        return tuple(np.ascontiguousarray(value, spec.dtype) for value, spec in zip(states, self._spec.states, strict=True))
+
+    def fetch(self, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        return tuple(value.copy() for value in states)
+
+    def take(self, states: tuple[np.ndarray, ...], rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(value[rows] for value in states)
+
+    def step(
+        self, states: tuple[np.ndarray, ...], segment: np.ndarray, logits: bool
+    ) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
+        feeds = dict(zip(self._spec.inputs, (*states, segment), strict=True))
+        try:
+            if not logits:
+                return tuple(self._session.run(self._states, feeds, self._without_logits)), None
+            *new, rows = self._session.run([*self._states, LOGITS], feeds)
+        except Exception as err:  # see open_session
+            raise EngineError(f"ONNX Runtime failed in a step of shape {segment.shape}: {_one_line(err)}") from err
+        return tuple(new), rows
+
+    def close(self) -> None:
+        self._session = None
+
+
+def check_signature(session: Any, spec: StepSpec) -> None:
+    """Compares the graph's inputs and outputs with the spec. Errors: FormatError, naming what differs."""
+    types = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+    wanted = {SEGMENT: ("tensor(int64)", 2, ())}
+    for state in spec.states:
+        for name in (state.input, state.output):
+            wanted[name] = (types[state.dtype], 1 + len(state.shape), state.shape)
+    wanted[LOGITS] = ("tensor(float)", 2 if spec.logits == "classifier" else 3, (spec.num_logits,))
+    found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
+    if set(found) != set(wanted):
+        raise FormatError(f"the graph has the inputs and outputs {sorted(found)}; its spec says {sorted(wanted)}")
+    for name, (dtype, rank, trailing) in wanted.items():
+        value = found[name]
+        shape = tuple(value.shape)
+        fixed = shape[len(shape) - len(trailing) :]
+        fits = all(isinstance(size, str) or size is None or size == want for size, want in zip(fixed, trailing, strict=True))
+        if value.type != dtype or len(shape) != rank or not fits:
+            raise FormatError(
+                f"the graph's '{name}' is {value.type} of shape {shape}; its spec says {dtype} of rank {rank} ending in {trailing}"
+            )
+
+
+def _one_line(err: Exception) -> str:
+    return " ".join(str(err).split())[:600]

@@ -1,0 +1,67 @@
+"""PyTorch: the reference engine, which runs a checkpoint as it is. States are torch tensors on the host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from rmt_trt.contract import StepSpec
+from rmt_trt.errors import ContractError, EngineError
+
+if TYPE_CHECKING:
+    from rmt_trt.runtime.source import Source
+
+NAME = "torch"
+DTYPE = "fp32"
+
+
+def refusal(source: Source, dtype: str, device: int) -> str | None:
+    """Why this engine cannot run the source, or None."""
+    if source.model is None:
+        return "it runs a checkpoint (model.pt), and this is an exported graph"
+    if dtype != DTYPE:
+        return f"the reference runs in {DTYPE}, not {dtype}"
+    return None
+
+
+def open_engine(source: Source, dtype: str, device: int, threads: int | None) -> TorchEngine:
+    """Errors: EngineError, when the source holds no model; ContractError for a thread count below 1."""
+    if source.model is None:
+        raise EngineError(f"{source.path} holds no PyTorch model")
+    if threads is not None:
+        if threads < 1:
+            raise ContractError(f"threads is {threads!r}; expected a whole number of at least 1")
+        torch.set_num_threads(threads)
+    return TorchEngine(source.model, source.spec)
+
+
+class TorchEngine:
+    """A segment step in PyTorch behind the engine contract."""
+
+    name = NAME
+    dtype = DTYPE
+
+    def __init__(self, step: torch.nn.Module, spec: StepSpec) -> None:
+        self._step = step.eval()
+        self._spec = spec
+
+    def load(self, states: tuple[np.ndarray, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.from_numpy(np.array(value)) for value in states)
+
+    def fetch(self, states: tuple[torch.Tensor, ...]) -> tuple[np.ndarray, ...]:
+        return tuple(value.numpy().copy() for value in states)
+
+    def take(self, states: tuple[torch.Tensor, ...], rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+        return tuple(value[torch.from_numpy(rows)] for value in states)
+
+    @torch.no_grad()
+    def step(
+        self, states: tuple[torch.Tensor, ...], segment: np.ndarray, logits: bool
+    ) -> tuple[tuple[torch.Tensor, ...], np.ndarray | None]:
+        *new, rows = self._step(*states, torch.from_numpy(np.ascontiguousarray(segment)))
+        return tuple(new), rows.numpy() if logits else None
+
+    def close(self) -> None:
+        del self._step

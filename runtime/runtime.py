@@ -1,0 +1,209 @@
+"""RMTRuntime: a deployed Recurrent Memory Transformer over documents of any length, at constant memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+import numpy as np
+
+from rmt_trt.contract import Alignment, Engine, StepSpec
+from rmt_trt.errors import ContractError, EngineError, FormatError, TokenError, require
+from rmt_trt.runtime.engines import choose, engine_module
+from rmt_trt.runtime.recurrence import Recurrence
+from rmt_trt.runtime.results import BatchResult, Piece, RunResult
+from rmt_trt.runtime.source import open_source
+from rmt_trt.runtime.state import State
+from rmt_trt.runtime.stream import Stream
+from rmt_trt.runtime.tracks import Reading, open_tracks
+
+log = logging.getLogger("rmt_trt")
+
+
+class RMTRuntime:
+    """Runs a bundle, an ONNX graph or a checkpoint over tokens.
+
+        rt = RMTRuntime("model.rmt")
+        out = rt.run(tokens)                     # any length; out.logits, out.memory, out.segments
+        for piece in rt.stream(tokens): ...      # segment by segment
+
+    path     `NAME.rmt`, `step.onnx`, or a checkpoint such as `model.pt` (the PyTorch reference)
+    engine   "auto" takes the best that this machine can run; a name takes that one or fails. `rt.engine` says which
+             it is, `rt.refused` why better ones were not taken
+    dtype    "fp32", ...; None takes the engine's own
+    device   GPU index, for GPU engines
+    threads  CPU threads of a step; None takes all cores
+    max_batch  documents of a batch that are stepped together; more go in groups
+
+    A runtime may be shared by threads: a lock is held during each step, so runs interleave segment by segment.
+    Errors: FormatError for a damaged or foreign file, EngineError when no engine can run it here.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        engine: str = "auto",
+        dtype: str | None = None,
+        device: int = 0,
+        threads: int | None = None,
+        max_batch: int = 64,
+    ) -> None:
+        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+            raise ContractError(f"max_batch is {max_batch!r}; expected a whole number of at least 1")
+        source = open_source(path)
+        self.path = source.path
+        self.spec: StepSpec = source.spec
+        self.engine, self.refused = choose(source, engine, dtype, device)
+        self.dtype = dtype or "fp32"
+        self._engine: Engine | None = engine_module(self.engine).open_engine(source, self.dtype, device, threads)
+        self._initial = source.initial
+        self._tokenizer_json = source.tokenizer
+        self._tokenizer: Any = None
+        self._lock = threading.RLock()
+        self._max_batch = max_batch
+        for name, reason in self.refused.items():
+            log.info("engine '%s' was not taken: %s", name, reason)
+        log.info("%s runs on engine '%s' (%s)", self.path, self.engine, self.dtype)
+
+    @overload
+    def run(
+        self,
+        tokens: list[str] | list[list[int]] | list[np.ndarray],
+        state: Sequence[State | None] | None = None,
+        *,
+        alignment: Alignment | None = None,
+        logits: str = "last",
+        length: Any = None,
+        max_segments: int | None = None,
+        overflow: str = "error",
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> BatchResult: ...
+    @overload
+    def run(
+        self,
+        tokens: Any,
+        state: Any = None,
+        *,
+        alignment: Alignment | None = None,
+        logits: str = "last",
+        length: Any = None,
+        max_segments: int | None = None,
+        overflow: str = "error",
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> RunResult: ...
+    def run(
+        self,
+        tokens: Any,
+        state: Any = None,
+        *,
+        alignment: Alignment | None = None,
+        logits: str = "last",
+        length: Any = None,
+        max_segments: int | None = None,
+        overflow: str = "error",
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> RunResult | BatchResult:
+        """Reads documents to their end and answers.
+
+        tokens     one document: a 1-D array or memmap, a list or iterator of ints, an iterator of 1-D pieces, anything
+                   that speaks DLPack, or text where the model has a tokenizer. A batch: a list of documents, or a 2-D
+                   array whose rows may end in ids below 0. Each document gets the answer that it gets alone.
+        state      go on from `out.state` of an earlier part (alignment "left" only); of a batch, one per document
+        alignment  "left", "right" or "center"; None takes the model's own
+        logits     "last", "all", "loglik" (language models), "none": see `RunResult`
+        length     tokens that an iterator will give, dropped ids not counted; of a batch, one per document
+        max_segments, overflow   a limit of the caller's own: longer documents are an error, or cut to their "head" or
+                   "tail"; the length that the model was trained on is never a limit
+        on_piece   called with each `Piece`: with logits="all" or "loglik" rows are then handed over, not kept
+
+        Returns RunResult, or BatchResult for a batch. Errors: TokenError for tokens that the model cannot read,
+        ContractError for options that do not fit, FormatError for another model's state, EngineError when a step fails.
+        """
+        self._live_engine()
+        reading = Reading.of(self.spec, alignment, logits, max_segments, overflow)
+        tracks, batch = open_tracks(tokens, state, length, reading, self.spec, self._initial, self.encode)
+        results: list[RunResult] = []
+        for start in range(0, len(tracks), self._max_batch):
+            group = Recurrence(self._live_engine, self.spec, tracks[start : start + self._max_batch], self._lock, logits)
+            stream = Stream(group, self.spec, reading, batch=True, keep=on_piece is None)
+            for piece in stream:
+                if on_piece is not None:
+                    on_piece(piece)
+            results += stream.result
+        return BatchResult(results) if batch else results[0]
+
+    def stream(
+        self,
+        tokens: Any,
+        state: Any = None,
+        *,
+        alignment: Alignment | None = None,
+        logits: str = "all",
+        length: Any = None,
+        max_segments: int | None = None,
+        overflow: str = "error",
+        memory: bool = False,
+        keep: bool = False,
+    ) -> Stream:
+        """Reads documents segment by segment: an iterator of `Piece`, one per document and step.
+
+        Options as `run`; memory=True puts the states into each piece; keep=True gathers the rows of logits="all" and
+        "loglik" for `stream.result`. `stream.state` is where it can go on. Nothing is read ahead of the step except with
+        logits="last". At most `max_batch` documents. Errors: as `run`.
+        """
+        self._live_engine()
+        reading = Reading.of(self.spec, alignment, logits, max_segments, overflow)
+        tracks, batch = open_tracks(tokens, state, length, reading, self.spec, self._initial, self.encode)
+        if len(tracks) > self._max_batch:
+            raise ContractError(
+                f"stream got {len(tracks)} documents; this runtime steps at most max_batch={self._max_batch} together. "
+                f"Raise max_batch, or stream fewer at a time"
+            )
+        recurrence = Recurrence(self._live_engine, self.spec, tracks, self._lock, logits, memory)
+        return Stream(recurrence, self.spec, reading, batch, keep)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids (n,) int64 of a text by the model's own tokenizer, without special tokens: the step adds its own.
+
+        Errors: TokenError, when the model came without a tokenizer; EngineError, when `tokenizers` is not installed.
+        """
+        if self._tokenizer is None:
+            if self._tokenizer_json is None:
+                raise TokenError(
+                    f"{self.path} holds no tokenizer, so it reads token ids, not text. Export it with --tokenizer "
+                    f"tokenizer.json, or tokenise the text first"
+                )
+            library = require("tokenizers", "text", "text input")
+            try:
+                self._tokenizer = library.Tokenizer.from_str(self._tokenizer_json)
+            except Exception as err:  # the library raises plain Exception
+                raise FormatError(f"{self.path}: its tokenizer.json cannot be read ({err})") from err
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def load_state(self, path: Path | str) -> State:
+        """A state that `state.save(path)` wrote. Errors: FormatError, when it is damaged or another model's."""
+        return State.load(path, self.spec)
+
+    def close(self) -> None:
+        """Releases the engine; a run in another thread ends with an EngineError at its next step."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _live_engine(self) -> Engine:
+        if self._engine is None:
+            raise EngineError(f"the runtime of {self.path} is closed; open a new RMTRuntime")
+        return self._engine

@@ -1,0 +1,85 @@
+"""A stream: documents on their way, piece by piece, with the state to go on from and the result at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from rmt_trt.contract import StepSpec
+from rmt_trt.errors import ContractError
+from rmt_trt.runtime.recurrence import Recurrence, Track
+from rmt_trt.runtime.results import BatchResult, Piece, RunResult
+from rmt_trt.runtime.tracks import Reading
+
+
+class Stream(Iterator[Piece]):
+    """Iterate for pieces; `state` says where the documents can go on, `result` what they came to.
+
+    With `keep`, the rows of logits="all" and "loglik" are gathered for the result; without it only the newest piece of
+    each document is held, and memory stays constant.
+    """
+
+    def __init__(self, recurrence: Recurrence, spec: StepSpec, reading: Reading, batch: bool, keep: bool = False) -> None:
+        self._recurrence, self._spec, self._reading, self._batch = recurrence, spec, reading, batch
+        self._source = iter(recurrence)
+        self._gather = keep and reading.logits in ("all", "loglik")
+        self._pieces: dict[int, list[Piece]] = {track.row: [] for track in recurrence.tracks}
+        self._ended = False
+
+    def __next__(self) -> Piece:
+        piece = next(self._source, None)
+        if piece is None:
+            self._ended = True
+            raise StopIteration
+        pieces = self._pieces[piece.row]
+        if not self._gather:
+            pieces.clear()
+        pieces.append(piece)
+        return piece
+
+    @property
+    def state(self) -> Any:
+        """A State after the last finished step; of a batch, one per document. It stays right when a step broke off.
+
+        Errors: ContractError with alignment "right" or "center", where a cut changes the segmentation.
+        """
+        if self._reading.alignment != "left":
+            raise ContractError(
+                f"this stream cuts documents with alignment='{self._reading.alignment}', where a document in two parts is "
+                f"cut differently from the whole. To stop and go on, use alignment='left'"
+            )
+        states = [self._recurrence.state(track) for track in self._recurrence.tracks]
+        return states if self._batch else states[0]
+
+    @property
+    def result(self) -> RunResult | BatchResult:
+        """The answer, once every piece was taken. Errors: ContractError before that."""
+        if not self._ended:
+            raise ContractError("the stream has not ended; take every piece before asking for its result")
+        results = [self._result(track) for track in self._recurrence.tracks]
+        return BatchResult(results) if self._batch else results[0]
+
+    def _result(self, track: Track) -> RunResult:
+        pieces, left = self._pieces[track.row], self._reading.alignment == "left"
+        rows = [piece.logits for piece in pieces if piece.logits is not None]
+        scores = [piece.loglik for piece in pieces if piece.loglik is not None]
+        logits = label = None
+        if rows and self._spec.id2label:
+            label = self._spec.id2label[int(np.argmax(rows[-1]))]
+        if rows and self._gather:
+            logits = np.concatenate(rows) if self._spec.logits == "lm" else np.stack(rows)
+        elif rows and self._reading.logits == "last":
+            logits = rows[-1]
+        return RunResult(
+            logits=logits,
+            states=dict(zip((state.input for state in self._spec.states), track.final or (), strict=True)),
+            segments=track.steps,
+            tokens=track.tokens,
+            label=label,
+            loglik=np.concatenate(scores) if scores and self._gather else None,
+            loglik_sum=pieces[-1].loglik_sum,
+            _state=self._recurrence.state(track) if left else None,
+            _alignment=self._reading.alignment,
+        )

@@ -1,0 +1,120 @@
+"""From what a caller passes to tracks: documents opened, lengths and limits settled, states checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rmt_trt.contract import ALIGNMENTS, Alignment, StepSpec
+from rmt_trt.errors import ContractError, TokenError
+from rmt_trt.runtime.recurrence import LOGITS_MODES, Track
+from rmt_trt.runtime.segments import Limit, cut
+from rmt_trt.runtime.state import State
+from rmt_trt.runtime.tokens import Document, split_batch
+
+EMPTY = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read: a caller's options, checked once. `RMTRuntime.run` says what they mean."""
+
+    alignment: Alignment
+    logits: str
+    limit: Limit | None
+
+    @classmethod
+    def of(
+        cls, spec: StepSpec, alignment: Alignment | None, logits: str, max_segments: int | None, overflow: str
+    ) -> Reading:
+        """Errors: ContractError."""
+        alignment = alignment or spec.alignment
+        if alignment not in ALIGNMENTS:
+            raise ContractError(f"alignment is {alignment!r}; expected one of {', '.join(ALIGNMENTS)}")
+        if logits not in LOGITS_MODES:
+            raise ContractError(f"logits is {logits!r}; expected one of {', '.join(LOGITS_MODES)}")
+        if logits == "loglik" and spec.logits != "lm":
+            raise ContractError("logits='loglik' is for language models; this model is a classifier. Use 'last' or 'all'")
+        if max_segments is None and overflow != "error":
+            raise ContractError(f"overflow={overflow!r} without max_segments says nothing; pass max_segments too")
+        return cls(alignment, logits, None if max_segments is None else Limit(max_segments, overflow))
+
+
+def open_tracks(
+    tokens: Any,
+    state: Any,
+    length: Any,
+    reading: Reading,
+    spec: StepSpec,
+    initial: tuple[np.ndarray, ...],
+    encode: Callable[[str], np.ndarray],
+) -> tuple[list[Track], bool]:
+    """(tracks in the order of the documents, whether a batch came). Errors: TokenError, ContractError, FormatError."""
+    documents, batch = ([tokens], False) if isinstance(tokens, str) else split_batch(tokens)
+    states = _one_each(state, len(documents), batch, "state")
+    lengths = _one_each(length, len(documents), batch, "length")
+    tracks = []
+    for row, (document, begin, stated) in enumerate(zip(documents, states, lengths, strict=True)):
+        where = f"document {row} of the batch" if batch else "the document"
+        opened = Document(encode(document) if isinstance(document, str) else document, spec, where, stated)
+        tracks.append(_track(row, opened, reading, _begin(begin, reading, spec, initial, where), spec))
+    return tracks, batch
+
+
+def _track(row: int, document: Document, reading: Reading, begin: State, spec: StepSpec) -> Track:
+    needs_length = reading.alignment != "left" or reading.limit is not None
+    length = document.count() if needs_length else None
+    limit = None
+    if reading.limit is not None:
+        limit = _apply(reading.limit, document, length, spec.segment_length)
+        length = limit if length is not None else None
+    if document.at_end():
+        dropped = f" after dropping the ids {list(spec.dropped_ids)}" if spec.dropped_ids else ""
+        raise TokenError(f"{document.where} is empty: it has no token{dropped}. Leave it out, or give it at least one")
+    return Track(row, document, cut(length, spec.segment_length, reading.alignment), reading.alignment, begin, limit)
+
+
+def _apply(limit: Limit, document: Document, length: int | None, segment_length: int) -> int:
+    """Passes over the head for overflow="tail"; returns how many tokens may be read."""
+    if length is None:
+        if limit.overflow == "head":
+            return limit.max_segments * segment_length
+        raise TokenError(
+            f"{document.where}: max_segments with overflow='{limit.overflow}' needs the number of tokens beforehand, and an "
+            f"iterator does not tell it. Pass length=, pass an array, or use overflow='head'"
+        )
+    start, stop = limit.window(length, segment_length, document.where)
+    document.skip(start)
+    return stop - start
+
+
+def _begin(state: Any, reading: Reading, spec: StepSpec, initial: tuple[np.ndarray, ...], where: str) -> State:
+    if state is None:
+        return State(initial, EMPTY, 0, 0, 0, None, 0.0, spec.fingerprint)
+    if not isinstance(state, State):
+        raise ContractError(f"{where}: state is {type(state).__name__}; expected out.state or rt.load_state(path)")
+    if reading.alignment != "left":
+        raise ContractError(
+            f"{where}: going on from a state needs alignment='left'; with '{reading.alignment}' a document in two parts is "
+            f"cut differently from the whole. Pass alignment='left' for every part"
+        )
+    if reading.logits == "loglik" and state.segments and state.last_logits is None:
+        raise ContractError(
+            f"{where}: the state holds no logits row, so the next token cannot be scored. Run the earlier part with "
+            f"logits='loglik' or 'last', not 'none'"
+        )
+    state.check(spec, f"{where}: the state")
+    return state
+
+
+def _one_each(values: Any, count: int, batch: bool, name: str) -> list[Any]:
+    """One value per document: of a batch a list of as many, or None for none."""
+    if not batch or values is None:
+        return [values] * count
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        came = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
+        raise ContractError(f"{name} of a batch of {count} documents is {came}; expected a list of {count}, None where unset")
+    return list(values)
