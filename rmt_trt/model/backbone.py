@@ -17,6 +17,17 @@ from rmt_trt.errors import ContractError, FormatError
 
 STEP_ATTENTION = "rmt_step"
 
+# The backbones whose step was compared with their own eager attention. Others may build, and give other numbers:
+# some ignore the mask or the attention that is asked for (MPNet, BLOOM), or attend both ways in a causal place (BERT).
+SUPPORTED = {
+    "encoder": ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra"),
+    "decoder": ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"),
+}
+ROTARY = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+# Of a config, what must not decide how a model is built: code from elsewhere, half-precision weights.
+IGNORED_FIELDS = ("auto_map", "_attn_implementation", "attn_implementation", "dtype", "torch_dtype")
+MAX_LABELS = 1 << 16
+
 # A config comes from a stranger's file. No published backbone comes near these; a model beyond them would
 # exhaust memory, or time spent building layers, before its weights were ever compared with it.
 MAX_LAYERS = 1024
@@ -66,8 +77,12 @@ def check_config(config: Mapping[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= bound:
             raise ContractError(f"backbone config: {name} is {value!r}; expected a whole number from 1 to {bound}")
     for name, value in config.items():
-        if isinstance(value, int) and abs(value) > MAX_NUMBER:
-            raise ContractError(f"backbone config: {name} is {value}; numbers beyond {MAX_NUMBER} are refused")
+        bound = MAX_LABELS if name == "num_labels" else MAX_NUMBER
+        if isinstance(value, int) and abs(value) > bound:
+            raise ContractError(f"backbone config: {name} is {value}; numbers beyond {bound} are refused")
+    for name, plain in (("quantization_config", None), ("is_decoder", False), ("position_embedding_type", "absolute")):
+        if config.get(name, plain) not in (None, plain):
+            raise ContractError(f"backbone config: {name} is {str(config[name])[:80]}; only {plain} is supported")
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     layer_types = config.get("layer_types") or []
     if window is not None or any(kind != "full_attention" for kind in layer_types):
@@ -78,28 +93,46 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
 
 
-def build_backbone(form: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+def hf_config(form: str, config: Mapping[str, Any]) -> Any:
+    """The config as transformers' object, with the step's attention. Errors: ContractError, FormatError."""
+    check_config(config)
+    if config["model_type"] not in SUPPORTED[form]:
+        raise ContractError(
+            f"backbone config: model_type {config['model_type']!r} is not supported as {form}; "
+            f"supported are {', '.join(SUPPORTED[form])}"
+        )
+    plain = {key: value for key, value in config.items() if key not in IGNORED_FIELDS}
+    try:
+        made = transformers.AutoConfig.for_model(**plain)
+    except Exception as err:  # whatever a config class makes of a stranger's values
+        raise FormatError(f"transformers cannot read this '{config['model_type']}' config: {err}") from err
+    made._attn_implementation = STEP_ATTENTION
+    return made
+
+
+def build_backbone(
+    form: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
     """A backbone with its head, in evaluation mode: a sequence classifier (E) or a causal language model (D).
 
     With `weights`, shapes are compared on the meta device before any memory is taken, and every key must fit.
     Errors: ContractError for a config out of bounds, FormatError when config and weights do not fit together.
     """
-    check_config(config)
-    factory = (
+    wanted = hf_config(form, config)
+    factory: Any = (
         transformers.AutoModelForSequenceClassification if form == "encoder" else transformers.AutoModelForCausalLM
     )
-    plain = {key: value for key, value in config.items() if key not in ("auto_map", "_attn_implementation")}
     try:
-        hf_config = transformers.AutoConfig.for_model(**plain)
-        hf_config._attn_implementation = STEP_ATTENTION
         if weights is not None:
-            _compare(factory, hf_config, weights)
+            _compare(factory, wanted, weights)
         with no_init_weights() if weights is not None else contextlib.nullcontext():
-            model = factory.from_config(hf_config)
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as err:
-        if isinstance(err, (FormatError, ContractError)):
-            raise
-        raise FormatError(f"transformers cannot build a '{config['model_type']}' {form} from its config: {err}") from err
+            model = factory.from_config(wanted)
+    except (FormatError, ContractError):
+        raise
+    except Exception as err:  # whatever a model class makes of a stranger's numbers
+        raise FormatError(
+            f"transformers cannot build a '{config['model_type']}' {form} from its config: {err}"
+        ) from err
     if weights is not None:
         model.load_state_dict(dict(weights), strict=False)
         model.tie_weights()
@@ -119,7 +152,7 @@ def published_attention(model: nn.Module) -> Iterator[None]:
 
 def position_capacity(config: Mapping[str, Any]) -> int | None:
     """Positions that the backbone's table holds, or None where positions are computed (rotary)."""
-    if "rope_parameters" in config or "rope_theta" in config or "rotary_pct" in config or "rope_scaling" in config:
+    if config["model_type"] in ROTARY:
         return None
     size = config.get("max_position_embeddings", config.get("n_positions"))
     if size is None:
@@ -146,8 +179,11 @@ def _compare(factory: Any, hf_config: Any, weights: Mapping[str, torch.Tensor]) 
         raise FormatError(
             f"the weights do not fit a '{hf_config.model_type}' with this config: "
             + "; ".join(
-                [f"{len(keys)} {what}: {', '.join(keys[:3])}" for keys, what in
-                 ((missing, "missing"), (unknown, "unknown"), (wrong, "of another shape")) if keys]
+                [
+                    f"{len(keys)} {what}: {', '.join(keys[:3])}"
+                    for keys, what in ((missing, "missing"), (unknown, "unknown"), (wrong, "of another shape"))
+                    if keys
+                ]
             )
             + ". Give the config.json of the backbone that was trained (--config)"
         )

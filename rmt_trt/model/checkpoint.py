@@ -18,10 +18,13 @@ from typing import Any
 import torch
 import transformers
 
-from rmt_trt.contract import ALIGNMENTS, Alignment, StepSpec
+from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.model.config import ModelConfig
-from rmt_trt.model.files import read_stored
+from rmt_trt.model.files import Stored, read_stored, state_dict_of
+from rmt_trt.model.lora import has_lora
+from rmt_trt.model.published import assemble, take_apart
+from rmt_trt.model.settings import LoadOptions, gather
 from rmt_trt.model.step import RMTModel, build_model, model_spec
 
 MODEL_FORMAT = "rmt-trt-model"
@@ -29,30 +32,7 @@ MODEL_FORMAT_VERSION = 1
 MAX_TOKENIZER_BYTES = 1 << 28
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """What a file may lack, or what to read otherwise than it says. Each field is a flag of `rmt-export`.
-
-    config        backbone config.json, or a folder that holds one (--config)
-    input_size    form E: positions of a full segment, memory and special tokens included, e.g. 512 (--input-size)
-    segment_size  form D: text tokens of a full segment (--segment-size)
-    alignment     which segment of a document may be short: "left", "right" or "center" (--alignment)
-    tokenizer     tokenizer.json, or a folder that holds one (--tokenizer)
-    lora_alpha    LoRA's alpha; an adapter is merged with the scale alpha / r (--lora-alpha)
-    drop_ids      token ids that are taken out of a document before it is cut (--drop-ids)
-    max_segments  segments that the model was trained on, a record (--max-segments)
-    labels        names of the classes, in order (--labels)
-    """
-
-    config: Path | None = None
-    input_size: int | None = None
-    segment_size: int | None = None
-    alignment: Alignment | None = None
-    tokenizer: Path | None = None
-    lora_alpha: float | None = None
-    drop_ids: tuple[int, ...] | None = None
-    max_segments: int | None = None
-    labels: tuple[str, ...] | None = None
+__all__ = ["LoadOptions", "LoadedModel", "check_tokenizer", "load_model", "read_tokenizer", "save_model"]
 
 
 @dataclass(frozen=True)
@@ -64,19 +44,20 @@ class LoadedModel:
     tokenizer: str | None
 
 
-def load_model(path: Path | str, options: LoadOptions = LoadOptions()) -> LoadedModel:
+NO_OPTIONS = LoadOptions()
+
+
+def load_model(path: Path | str, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
     """Reads a checkpoint: `model.pt`, or one that the published RMT trainers wrote.
 
     Weights that are stored in half precision are read and held as float32.
     Errors: FormatError for a file that is no checkpoint, is damaged, is of a kind that is not supported, or does not
     fit its config; ContractError for options that are missing, senseless or out of bounds.
     """
-    if options.alignment is not None and options.alignment not in ALIGNMENTS:
-        raise ContractError(f"--alignment is {options.alignment!r}; expected one of {', '.join(ALIGNMENTS)}")
     stored = read_stored(Path(path))
     if stored.value.get("format") == MODEL_FORMAT:
         return _load_own(stored.path, stored.value, options)
-    raise FormatError(f"{stored.path} is no model.pt of rmt-trt")
+    return _load_published(stored, options)
 
 
 def save_model(path: Path | str, model: RMTModel, tokenizer: str | None = None) -> None:
@@ -88,7 +69,9 @@ def save_model(path: Path | str, model: RMTModel, tokenizer: str | None = None) 
     tensors = _plain_tensors(model)
     wrong = sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point() and t.dtype != torch.float32})
     if wrong:
-        raise ContractError(f"model.pt holds float32 weights; this model has {', '.join(wrong)}. Call model.float() first")
+        raise ContractError(
+            f"model.pt holds float32 weights; this model has {', '.join(wrong)}. Call model.float() first"
+        )
     value = {
         "format": MODEL_FORMAT,
         "format_version": MODEL_FORMAT_VERSION,
@@ -107,7 +90,9 @@ def check_tokenizer(text: object, source: object) -> str:
         if not isinstance(text, str) or len(text) > MAX_TOKENIZER_BYTES or not isinstance(json.loads(text), dict):
             raise ValueError("no JSON object")
     except (ValueError, RecursionError) as err:
-        raise ContractError(f"{source} is not the text of a tokenizer.json ({err}); give the file that tokenizers wrote") from err
+        raise ContractError(
+            f"{source} is not the text of a tokenizer.json ({err}); give the file that tokenizers wrote"
+        ) from err
     return text
 
 
@@ -116,7 +101,9 @@ def read_tokenizer(path: Path) -> str:
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         if file.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise ContractError(f"{file} has {file.stat().st_size} bytes; a tokenizer.json has at most {MAX_TOKENIZER_BYTES}")
+            raise ContractError(
+                f"{file} has {file.stat().st_size} bytes; a tokenizer.json has at most {MAX_TOKENIZER_BYTES}"
+            )
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise ContractError(f"--tokenizer {file} cannot be read: {err}") from err
@@ -130,29 +117,54 @@ def _load_own(file: Path, value: Mapping[str, Any], options: LoadOptions) -> Loa
             f"{file} has format version {version!r}; this rmt-trt reads version {MODEL_FORMAT_VERSION}. "
             f"Install the rmt-trt that wrote it, or a newer one"
         )
-    useless = [name for name in ("config", "input_size", "segment_size", "lora_alpha") if getattr(options, name) is not None]
+    useless = [
+        name for name in ("config", "input_size", "segment_size", "lora_alpha") if getattr(options, name) is not None
+    ]
     if useless:
         flags = ", ".join("--" + name.replace("_", "-") for name in useless)
         raise ContractError(f"{file} is a model.pt, which says for itself what {flags} would set; leave it out")
     for name, kind in (("spec", Mapping), ("model", Mapping), ("state_dict", Mapping), ("made_by", Mapping)):
         if not isinstance(value.get(name), kind):
-            raise FormatError(f"{file}: '{name}' is {type(value.get(name)).__name__}; expected a dict. The file is damaged")
+            raise FormatError(
+                f"{file}: '{name}' is {type(value.get(name)).__name__}; expected a dict. The file is damaged"
+            )
     tensors = value["state_dict"]
-    if not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in tensors.items()) or "memory" not in tensors:
-        raise FormatError(f"{file}: 'state_dict' is not a dict of tensors with 'memory' among them. The file is damaged")
+    if (
+        not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in tensors.items())
+        or "memory" not in tensors
+    ):
+        raise FormatError(
+            f"{file}: 'state_dict' is not a dict of tensors with 'memory' among them. The file is damaged"
+        )
     unknown = sorted(key for key in tensors if key != "memory" and not key.startswith("backbone."))
     if unknown:
         raise FormatError(f"{file}: 'state_dict' has unknown keys {unknown[:5]}; expected 'memory' and 'backbone.*'")
     config, spec = ModelConfig.from_json(value["model"]), StepSpec.from_json(value["spec"])
     if config.spec(spec.fingerprint) != spec:
-        raise FormatError(f"{file}: its step spec and its model config disagree. The file is damaged, or was edited by hand")
+        raise FormatError(
+            f"{file}: its step spec and its model config disagree. The file is damaged, or was edited by hand"
+        )
     model = build_model(config, dict(tensors))
     if model_spec(model).fingerprint != spec.fingerprint:
         raise FormatError(f"{file}: the weights are not those that its fingerprint was taken of. The file is damaged")
     model.config = with_options(config, options)
     tokenizer = value.get("tokenizer")
     text = read_tokenizer(options.tokenizer) if options.tokenizer is not None else tokenizer
-    return LoadedModel(model, model_spec(model), None if text is None else check_tokenizer(text, f"{file}: 'tokenizer'"))
+    return LoadedModel(
+        model, model_spec(model), None if text is None else check_tokenizer(text, f"{file}: 'tokenizer'")
+    )
+
+
+def _load_published(stored: Stored, options: LoadOptions) -> LoadedModel:
+    try:
+        parts = take_apart(state_dict_of(stored))
+        settings = gather(stored, options, parts.form, has_lora(parts.backbone))
+        config, weights = assemble(parts, settings)
+    except FormatError as err:
+        raise FormatError(f"{stored.path}: {err}") from err
+    model = build_model(with_options(config, options), weights)
+    place = options.tokenizer or stored.tokenizer
+    return LoadedModel(model, model_spec(model), None if place is None else read_tokenizer(place))
 
 
 def with_options(config: ModelConfig, options: LoadOptions) -> ModelConfig:

@@ -187,13 +187,16 @@ def _check_zip(file: Path) -> None:
     names = [member.filename for member in members]
     if any("/code/" in name for name in names) and any(name.endswith("constants.pkl") for name in names):
         raise FormatError(
-            f"{file} is a TorchScript archive; expected a state dict. Convert it: python -c \"import torch; "
+            f'{file} is a TorchScript archive; expected a state dict. Convert it: python -c "import torch; '
             f"torch.save(torch.jit.load('{file.name}', 'cpu').state_dict(), 'state_dict.pt')\""
         )
     if not any(name.endswith("data.pkl") for name in names):
         raise FormatError(f"{file} is a zip archive without data.pkl; expected a file that torch.save wrote")
     size = file.stat().st_size
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or sum(m.file_size for m in members) > size:
+    if (
+        any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        or sum(m.file_size for m in members) > size
+    ):
         raise FormatError(f"{file} is a compressed zip archive; torch.save writes its members uncompressed")
 
 
@@ -225,7 +228,7 @@ def _refused_pickle(file: Path, reason: str) -> FormatError:
 
 def _load_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        with safe_open(file, framework="pt") as archive:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as archive:
             return {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as err:
         raise FormatError(f"{file} is no safetensors file, or cut short ({err}); copy or download it again") from err
@@ -245,7 +248,9 @@ def _check_extent(file: Path, value: dict[str, Any]) -> None:
             elif isinstance(item, dict) and depth < MAX_DEPTH:
                 pending.append((item, depth + 1))
     if total > 4 * size + (1 << 20):
-        raise FormatError(f"{file} has {size} bytes, its tensors claim {total}: it is damaged or made to exhaust memory")
+        raise FormatError(
+            f"{file} has {size} bytes, its tensors claim {total}: it is damaged or made to exhaust memory"
+        )
 
 
 def _names(keys: Any) -> str:
