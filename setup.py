@@ -46,7 +46,7 @@ EXTRAS["dev"] = [
     "setuptools>=77",
 ]
 
-COMMANDS = ["export", "run", "info", "verify", "train", "bench"]
+COMMANDS = ["export", "run", "info", "verify", "train"]
 
 setup(
     name="rmt-trt",

@@ -184,6 +184,11 @@ class RMTRuntime:
                 raise FormatError(f"{self.path}: its tokenizer.json cannot be read ({err})") from err
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
+    @property
+    def initial(self) -> tuple[np.ndarray, ...]:
+        """The states that a document begins with, in the spec's order, each (*shape); copies."""
+        return tuple(value.copy() for value in self._initial)
+
     def load_state(self, path: Path | str) -> State:
         """A state that `state.save(path)` wrote. Errors: FormatError, when it is damaged or another model's."""
         return State.load(path, self.spec)

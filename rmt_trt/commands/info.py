@@ -1,0 +1,98 @@
+"""rmt-info: what a bundle holds, and which engines this machine can run."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rmt_trt.bundle import REPORT, Bundle
+from rmt_trt.commands.app import Debug, Version, new_app, run_command
+from rmt_trt.commands.report import drift_table
+from rmt_trt.runtime.engines import PREFERENCE, refusal
+from rmt_trt.runtime.source import Source, open_source
+
+app = new_app()
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="A bundle (NAME.rmt), an ONNX graph, or a checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it all as JSON.")] = False,
+    debug: Debug = False,
+    version: Version = False,
+) -> None:
+    """Prints what PATH holds, how it was verified, and which engines can run it here, or why not."""
+    source = open_source(path)
+    refusals = {name: refusal(name, source, None, 0) for name in PREFERENCE}
+    if as_json:
+        print(json.dumps(_as_json(source, refusals), indent=2))
+        return
+    screen = Console(highlight=False)
+    screen.print(_spec_table(source))
+    if source.bundle is not None:
+        screen.print(_files_table(source.bundle))
+        if REPORT in source.bundle.manifest.files:
+            screen.print(drift_table(source.bundle.report()))
+    screen.print(_engine_table(refusals))
+
+
+def _as_json(source: Source, refusals: dict[str, str | None]) -> dict[str, Any]:
+    value: dict[str, Any] = {"path": str(source.path), "kind": source.kind, "spec": source.spec.to_json()}
+    if source.bundle is not None:
+        value["manifest"] = json.loads(source.bundle.manifest.to_json())
+    value["engines"] = {name: {"runs": reason is None, "reason": reason} for name, reason in refusals.items()}
+    return value
+
+
+def _spec_table(source: Source) -> Table:
+    spec = source.spec
+    table = Table(title=str(source.path), title_justify="left", show_header=False)
+    states = ", ".join(f"{s.input} -> {s.output} {tuple(s.shape)} {s.dtype}" for s in spec.states)
+    logits = f"{spec.num_logits} classes" if spec.logits == "classifier" else f"language model, {spec.num_logits} tokens"
+    rows = {
+        "form": f"{spec.form}, {logits}",
+        "segment": f"{spec.segment_length} text tokens, alignment {spec.alignment}",
+        "states": states,
+        "vocabulary": f"ids 0 to {spec.vocab_size - 1}, dropped: {list(spec.dropped_ids) or 'none'}",
+        "answers": ", ".join(spec.id2label) or "no names",
+        "trained on": f"{spec.max_segments} segments" if spec.max_segments else "not recorded",
+        "text input": "yes, it holds its tokenizer" if source.tokenizer else "no tokenizer: token ids only",
+        "fingerprint": spec.fingerprint[:16],
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def _files_table(bundle: Bundle) -> Table:
+    manifest = bundle.manifest
+    graphs = {g.file: f"graph: {g.role}, {g.engine}, {g.dtype}, head {g.head}, opset {g.opset}" for g in manifest.graphs}
+    made_by = ", ".join(f"{name} {version}" for name, version in manifest.made_by.items())
+    table = Table(title="files", title_justify="left", caption=f"made by {made_by}", caption_justify="left")
+    table.add_column("file")
+    table.add_column("MB", justify="right")
+    table.add_column("what")
+    for name, entry in sorted(manifest.files.items()):
+        table.add_row(name, f"{entry.size / 1e6:.2f}", graphs.get(name, ""))
+    return table
+
+
+def _engine_table(refusals: dict[str, str | None]) -> Table:
+    table = Table(title=f"engines on this machine ({platform.machine()}, {platform.system()})", title_justify="left")
+    table.add_column("engine")
+    table.add_column("runs")
+    table.add_column("why not")
+    for name, reason in refusals.items():
+        table.add_row(name, "no" if reason else "yes", reason or "")
+    return table
+
+
+def main() -> None:
+    """Console entry point."""
+    run_command("rmt-info", app)
