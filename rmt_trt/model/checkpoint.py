@@ -6,11 +6,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +17,20 @@ import transformers
 
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError, FormatError
+from rmt_trt.files import atomic_file, read_bounded
 from rmt_trt.model.config import ModelConfig
-from rmt_trt.model.files import Stored, read_stored, state_dict_of
+from rmt_trt.model.files import Stored, names_of, read_stored, state_dict_of
 from rmt_trt.model.lora import has_lora
 from rmt_trt.model.published import assemble, take_apart
 from rmt_trt.model.settings import LoadOptions, gather
 from rmt_trt.model.step import RMTModel, build_model, model_spec
 
+__all__ = ["LoadOptions", "LoadedModel", "load_model", "save_model"]
+
 MODEL_FORMAT = "rmt-trt-model"
 MODEL_FORMAT_VERSION = 1
 MAX_TOKENIZER_BYTES = 1 << 28
-
-
-__all__ = ["LoadOptions", "LoadedModel", "check_tokenizer", "load_model", "read_tokenizer", "save_model"]
+NO_OPTIONS = LoadOptions()
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,16 @@ class LoadedModel:
     tokenizer: str | None
 
 
-NO_OPTIONS = LoadOptions()
-
-
 def load_model(path: Path | str, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
-    """Reads a checkpoint: `model.pt`, or one that the published RMT trainers wrote.
+    """Reads a checkpoint: `model.pt`, or one that the published RMT trainers wrote; a file, or a folder that holds one.
 
     Weights that are stored in half precision are read and held as float32.
     Errors: FormatError for a file that is no checkpoint, is damaged, is of a kind that is not supported, or does not
     fit its config; ContractError for options that are missing, senseless or out of bounds.
     """
     stored = read_stored(Path(path))
-    if stored.value.get("format") == MODEL_FORMAT:
+    kind = stored.value.get("format")
+    if isinstance(kind, str) and kind == MODEL_FORMAT:
         return _load_own(stored.path, stored.value, options)
     return _load_published(stored, options)
 
@@ -64,7 +60,8 @@ def save_model(path: Path | str, model: RMTModel, tokenizer: str | None = None) 
     """Writes `model.pt`. `tokenizer` is the text of tokenizer.json.
 
     The file appears whole or not at all: it is written beside its place, synced and renamed.
-    Errors: ContractError, when the weights are not float32 or the tokenizer is no JSON text; OSError.
+    Errors: ContractError, when the weights are not float32 or the tokenizer is no JSON text; FormatError, when the
+    file cannot be written.
     """
     tensors = _plain_tensors(model)
     wrong = sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point() and t.dtype != torch.float32})
@@ -78,81 +75,83 @@ def save_model(path: Path | str, model: RMTModel, tokenizer: str | None = None) 
         "spec": model_spec(model).to_json(),
         "model": model.config.to_json(),
         "state_dict": tensors,
-        "tokenizer": None if tokenizer is None else check_tokenizer(tokenizer, "the tokenizer"),
+        "tokenizer": None if tokenizer is None else _check_tokenizer(tokenizer, "the tokenizer"),
         "made_by": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }
-    _write_atomically(Path(path), lambda file: torch.save(value, file))
-
-
-def check_tokenizer(text: object, source: object) -> str:
-    """The text of a tokenizer.json, once it is seen to be a JSON object. Errors: ContractError."""
     try:
-        if not isinstance(text, str) or len(text) > MAX_TOKENIZER_BYTES or not isinstance(json.loads(text), dict):
-            raise ValueError("no JSON object")
-    except (ValueError, RecursionError) as err:
-        raise ContractError(
-            f"{source} is not the text of a tokenizer.json ({err}); give the file that tokenizers wrote"
-        ) from err
-    return text
-
-
-def read_tokenizer(path: Path) -> str:
-    """The text of tokenizer.json, at `path` or in the folder `path`. Errors: ContractError."""
-    file = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        if file.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise ContractError(
-                f"{file} has {file.stat().st_size} bytes; a tokenizer.json has at most {MAX_TOKENIZER_BYTES}"
-            )
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise ContractError(f"--tokenizer {file} cannot be read: {err}") from err
-    return check_tokenizer(text, file)
+        with atomic_file(Path(path)) as temporary:
+            torch.save(value, temporary)
+    except RuntimeError as err:  # torch reports a full disk as one
+        raise FormatError(f"cannot write {path}: {err}. Nothing was left behind; choose another place") from err
 
 
 def _load_own(file: Path, value: Mapping[str, Any], options: LoadOptions) -> LoadedModel:
     version = value.get("format_version")
-    if version != MODEL_FORMAT_VERSION:
+    if type(version) is not int or version != MODEL_FORMAT_VERSION:
         raise FormatError(
-            f"{file} has format version {version!r}; this rmt-trt reads version {MODEL_FORMAT_VERSION}. "
+            f"{file} has format version {str(version)[:40]!r}; this rmt-trt reads version {MODEL_FORMAT_VERSION}. "
             f"Install the rmt-trt that wrote it, or a newer one"
         )
-    useless = [
-        name for name in ("config", "input_size", "segment_size", "lora_alpha") if getattr(options, name) is not None
-    ]
-    if useless:
-        flags = ", ".join("--" + name.replace("_", "-") for name in useless)
+    senseless = [name for name in ("config", "input_size", "segment_size", "lora_alpha") if getattr(options, name)]
+    if senseless:
+        flags = ", ".join("--" + name.replace("_", "-") for name in senseless)
         raise ContractError(f"{file} is a model.pt, which says for itself what {flags} would set; leave it out")
-    for name, kind in (("spec", Mapping), ("model", Mapping), ("state_dict", Mapping), ("made_by", Mapping)):
-        if not isinstance(value.get(name), kind):
-            raise FormatError(
-                f"{file}: '{name}' is {type(value.get(name)).__name__}; expected a dict. The file is damaged"
-            )
+    try:
+        tensors, config, spec = _own_parts(value)
+        model = build_model(config, tensors)
+        _check_sizes(model)
+        if model_spec(model) != spec:
+            raise FormatError("its weights are not those that its fingerprint was taken of")
+        model.config = with_options(config, options)
+        tokenizer = value.get("tokenizer")
+        if tokenizer is not None:
+            tokenizer = _check_tokenizer(tokenizer, "'tokenizer'")
+    except (FormatError, ContractError) as err:
+        raise type(err)(f"{file}: {err}") from err
+    if options.tokenizer is not None:
+        tokenizer = _read_tokenizer(options.tokenizer)
+    return LoadedModel(model, model.config.spec(spec.fingerprint), tokenizer)
+
+
+def _own_parts(value: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], ModelConfig, StepSpec]:
+    """State dict, config and spec, each well formed and agreeing with each other."""
+    for name in ("spec", "model", "state_dict"):
+        if not isinstance(value.get(name), dict):
+            raise FormatError(f"'{name}' is {type(value.get(name)).__name__}; expected a dict. The file is damaged")
     tensors = value["state_dict"]
-    if (
-        not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in tensors.items())
-        or "memory" not in tensors
-    ):
-        raise FormatError(
-            f"{file}: 'state_dict' is not a dict of tensors with 'memory' among them. The file is damaged"
-        )
-    unknown = sorted(key for key in tensors if key != "memory" and not key.startswith("backbone."))
-    if unknown:
-        raise FormatError(f"{file}: 'state_dict' has unknown keys {unknown[:5]}; expected 'memory' and 'backbone.*'")
-    config, spec = ModelConfig.from_json(value["model"]), StepSpec.from_json(value["spec"])
+    for key, tensor in tensors.items():
+        known = isinstance(key, str) and (key == "memory" or key.startswith("backbone."))
+        if not known or not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
+            raise FormatError(
+                f"'state_dict' holds {names_of([key])} ({getattr(tensor, 'dtype', type(tensor).__name__)}); expected "
+                f"float32 tensors named 'memory' and 'backbone.*'"
+            )
+    if "memory" not in tensors:
+        raise FormatError("'state_dict' lacks 'memory'. The file is damaged")
+    try:  # the pickle may hold tensors where JSON values belong
+        plain = json.loads(json.dumps({"spec": value["spec"], "model": value["model"]}))
+    except (TypeError, ValueError, RecursionError) as err:
+        raise FormatError(f"'spec' or 'model' holds more than JSON values ({err}). The file is damaged") from err
+    config, spec = ModelConfig.from_json(plain["model"]), StepSpec.from_json(plain["spec"])
     if config.spec(spec.fingerprint) != spec:
-        raise FormatError(
-            f"{file}: its step spec and its model config disagree. The file is damaged, or was edited by hand"
-        )
-    model = build_model(config, dict(tensors))
-    if model_spec(model).fingerprint != spec.fingerprint:
-        raise FormatError(f"{file}: the weights are not those that its fingerprint was taken of. The file is damaged")
-    model.config = with_options(config, options)
-    tokenizer = value.get("tokenizer")
-    text = read_tokenizer(options.tokenizer) if options.tokenizer is not None else tokenizer
-    return LoadedModel(
-        model, model_spec(model), None if text is None else check_tokenizer(text, f"{file}: 'tokenizer'")
-    )
+        raise FormatError("its step spec and its model config disagree. The file is damaged, or was edited by hand")
+    return tensors, config, spec
+
+
+def _check_sizes(model: RMTModel) -> None:
+    """Refuses a config whose logits or token ids are not those of its weights."""
+    config, backbone = model.config, model.backbone
+    rows = len(backbone.get_input_embeddings().weight)  # type: ignore[operator]
+    head: Any = backbone.config if config.form == "encoder" else backbone.get_output_embeddings()  # type: ignore[operator]
+    logits = head.num_labels if config.form == "encoder" else len(head.weight)
+    if logits != config.num_logits:
+        raise FormatError(f"its config says {config.num_logits} logits; its weights give {logits}")
+    for name in ("prefix_ids", "middle_ids", "suffix_ids"):
+        ids = getattr(config, name)
+        if not isinstance(ids, tuple) or not all(type(token) is int and 0 <= token < rows for token in ids):
+            raise FormatError(f"its config's {name} are {str(ids)[:80]}; expected token ids below {rows}")
+    if type(config.pad_id) is not int or not 0 <= config.pad_id < rows:
+        raise FormatError(f"its config's pad_id is {str(config.pad_id)[:80]}; expected a token id below {rows}")
 
 
 def _load_published(stored: Stored, options: LoadOptions) -> LoadedModel:
@@ -160,11 +159,11 @@ def _load_published(stored: Stored, options: LoadOptions) -> LoadedModel:
         parts = take_apart(state_dict_of(stored))
         settings = gather(stored, options, parts.form, has_lora(parts.backbone))
         config, weights = assemble(parts, settings)
+        model = build_model(with_options(config, options), weights)
     except FormatError as err:
         raise FormatError(f"{stored.path}: {err}") from err
-    model = build_model(with_options(config, options), weights)
     place = options.tokenizer or stored.tokenizer
-    return LoadedModel(model, model_spec(model), None if place is None else read_tokenizer(place))
+    return LoadedModel(model, model_spec(model), None if place is None else _read_tokenizer(place))
 
 
 def with_options(config: ModelConfig, options: LoadOptions) -> ModelConfig:
@@ -180,6 +179,24 @@ def with_options(config: ModelConfig, options: LoadOptions) -> ModelConfig:
     return changed
 
 
+def _check_tokenizer(text: object, source: object) -> str:
+    try:
+        if not isinstance(text, str) or len(text) > MAX_TOKENIZER_BYTES or not isinstance(json.loads(text), dict):
+            raise ValueError("no JSON object")
+    except (ValueError, RecursionError) as err:
+        raise ContractError(f"{source} is not the text of a tokenizer.json ({err})") from err
+    return text
+
+
+def _read_tokenizer(path: Path) -> str:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        text = read_bounded(file, MAX_TOKENIZER_BYTES, "a tokenizer.json").decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise FormatError(f"{file} is not UTF-8 text ({err}); expected a tokenizer.json") from err
+    return _check_tokenizer(text, file)
+
+
 def _plain_tensors(model: RMTModel) -> dict[str, torch.Tensor]:
     """The state dict on the CPU, tied weights still one storage, no tensor a window of a larger storage."""
     seen: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
@@ -192,26 +209,3 @@ def _plain_tensors(model: RMTModel) -> dict[str, torch.Tensor]:
             seen[place] = plain if whole else plain.clone()
         tensors[name] = seen[place]
     return tensors
-
-
-def _write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp makes files that only their owner may read
-        os.replace(name, path)
-    except BaseException:  # Ctrl-C too: nothing half may stay
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-    with contextlib.suppress(OSError):  # not every file system syncs a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

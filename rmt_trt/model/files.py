@@ -7,10 +7,10 @@ any floating-point dtype are handed on as stored; the model holds them as float3
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rmt_trt.errors import FormatError
+from rmt_trt.files import read_json
 
 MAX_JSON_BYTES = 1 << 26
 MAX_SHARDS = 4096
@@ -98,17 +99,9 @@ def read_file(file: Path) -> dict[str, Any]:
     return value
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """A JSON object of bounded size. Errors: FormatError."""
-    try:
-        size = file.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise FormatError(f"{file} has {size} bytes; a JSON file here has at most {MAX_JSON_BYTES}")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
-        if isinstance(err, FormatError):
-            raise
-        raise FormatError(f"{file} cannot be read as JSON: {err}") from err
+    value = read_json(file, MAX_JSON_BYTES, "a JSON object")
     if not isinstance(value, dict):
         raise FormatError(f"{file} holds a JSON {type(value).__name__}; expected an object")
     return value
@@ -130,7 +123,7 @@ def state_dict_of(stored: Stored) -> dict[str, torch.Tensor]:
         tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     if not tensors:
         raise FormatError(
-            f"{stored.path} holds no tensors by name (top-level keys: {_names(value)}); expected a state dict, by itself "
+            f"{stored.path} holds no tensors by name (top-level keys: {names_of(value)}); expected a state dict, by itself "
             f"or under one of {', '.join(WRAPPERS)}"
         )
     return tensors
@@ -154,7 +147,7 @@ def _beside(folders: list[Path], name: str) -> Path | None:
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
-    places = read_json(index).get("weight_map")
+    places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise FormatError(f"{index} has no 'weight_map' from tensor names to file names; is it an index of shards?")
     shards = sorted(set(places.values()))
@@ -173,7 +166,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
         merged.update(part)
     missing = sorted(set(places) - set(merged))
     if missing:
-        raise FormatError(f"{index} promises {len(missing)} tensors that no shard holds: {_names(missing)}")
+        raise FormatError(f"{index} promises {len(missing)} tensors that no shard holds: {names_of(missing)}")
     return merged
 
 
@@ -253,6 +246,7 @@ def _check_extent(file: Path, value: dict[str, Any]) -> None:
         )
 
 
-def _names(keys: Any) -> str:
-    listed = [str(key)[:80] for key in keys]
+def names_of(keys: Iterable[object]) -> str:
+    """The first few names of a file for a message, without control characters that a terminal would obey."""
+    listed = ["".join(c if c.isprintable() else "?" for c in str(key)[:80]) for key in keys]
     return ", ".join(listed[:5]) + (f", ... ({len(listed)} in all)" if len(listed) > 5 else "") if listed else "none"

@@ -16,6 +16,7 @@ import torch
 from rmt_trt.errors import FormatError
 from rmt_trt.model.backbone import hf_config
 from rmt_trt.model.config import ModelConfig
+from rmt_trt.model.files import names_of
 from rmt_trt.model.lora import has_lora, merge_lora
 from rmt_trt.model.settings import Settings
 
@@ -53,7 +54,7 @@ def take_apart(tensors: Mapping[str, torch.Tensor]) -> Parts:
             "'memory_cell.memory' (form D) in it"
         )
     raise FormatError(
-        f"no known RMT checkpoint: its keys are {', '.join(list(tensors)[:5])}, ... Expected 'mem_token_ids' and "
+        f"no known RMT checkpoint: its keys are {names_of(tensors)}. Expected 'mem_token_ids' and "
         f"'model.*' (form E), 'memory_cell.memory' and 'memory_cell.model.*' (form D), or a model.pt of rmt-trt"
     )
 
@@ -224,6 +225,6 @@ def _ids(name: str, tensor: torch.Tensor, count: int | None = None) -> list[int]
 def _refuse_unknown(tensors: Mapping[str, torch.Tensor]) -> None:
     if tensors:
         raise FormatError(
-            f"unknown keys beside the backbone: {', '.join(list(tensors)[:5])}. A variant of the published code that "
+            f"unknown keys beside the backbone: {names_of(tensors)}. A variant of the published code that "
             f"is not supported"
         )

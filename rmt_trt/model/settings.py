@@ -10,7 +10,7 @@ from typing import Any
 
 from rmt_trt.contract import ALIGNMENTS, MAX_SEGMENT_LENGTH, Alignment
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.model.files import Stored, read_json
+from rmt_trt.model.files import Stored, read_object
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def gather(stored: Stored, options: LoadOptions, form: str, lora: bool) -> Setti
     Errors: ContractError that lists everything that is missing with its flag, or that names a flag of the other form;
     FormatError for a file that cannot be read or says something impossible.
     """
-    beside = {} if stored.config is None else read_json(stored.config)
+    beside = {} if stored.config is None else read_object(stored.config)
     is_backbone = isinstance(beside.get("model_type"), str) and "model_cls" not in beside
     backbone, run = (beside, {}) if is_backbone else (None, beside)
     if options.config is not None:
@@ -129,7 +129,7 @@ def _backbone_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ContractError(f"--config {path}: there is no such file, and no config.json in such a folder")
-    value = read_json(file)
+    value = read_object(file)
     if not isinstance(value.get("model_type"), str) or "model_cls" in value:
         raise ContractError(
             f"--config {file} is not the config.json of a Hugging Face model (it has no 'model_type'); give that of the "
