@@ -7,33 +7,38 @@ or of 1-D pieces. A batch is a list of documents or a 2-D array whose rows may e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from rmt_trt.contract import StepSpec
-from rmt_trt.errors import ContractError, TokenError
+from rmt_trt.contract import MAX_VOCABULARY, StepSpec
+from rmt_trt.errors import RMTError, TokenError
 
 PIECE = 1 << 16  # tokens that are checked at a time: 512 KiB as int64
+GATHER = 4096  # ints of an iterator that are taken at a time, at most
+NOTHING = object()
 
 
 def split_batch(tokens: Any) -> tuple[list[Any], bool]:
-    """(documents, whether a batch came). Errors: TokenError, for an empty list or an array of rank 0 or above 2."""
+    """(documents, whether a batch came). Errors: TokenError, for no document, or an array of rank 0 or above 2."""
     tokens = as_array(tokens)
     if isinstance(tokens, np.ndarray):
         if tokens.ndim == 1:
             return [tokens], False
-        if tokens.ndim == 2:
+        if tokens.ndim == 2 and len(tokens):
             return list(tokens), True
-        raise TokenError(f"tokens have shape {tokens.shape}; expected 1-D (a document) or 2-D (a batch of rows)")
+        raise TokenError(
+            f"tokens have shape {tokens.shape}; expected 1-D (a document) or 2-D (a batch of 1 row or more)"
+        )
     if isinstance(tokens, (list, tuple)):
         if not tokens:
             raise TokenError("tokens are an empty list; expected at least one token, or a list of documents")
         if is_number(tokens[0]):
             return [tokens], False
         return list(tokens), True
-    if isinstance(tokens, (Iterator, Iterable)) and not isinstance(tokens, (bytes, dict, set)):
+    if isinstance(tokens, Iterable) and not isinstance(tokens, (bytes, bytearray, dict, set, frozenset)):
         return [tokens], False
     raise TokenError(
         f"tokens are of type {type(tokens).__name__}; expected an integer array, a list, an iterator of ints or of "
@@ -43,18 +48,23 @@ def split_batch(tokens: Any) -> tuple[list[Any], bool]:
 
 def as_array(tokens: Any) -> Any:
     """A numpy view of anything that speaks DLPack or `__array__`; everything else as it is."""
+    if isinstance(tokens, np.ma.MaskedArray):
+        raise TokenError("tokens are a masked array, whose masked values are no tokens. Pass tokens.compressed()")
     if isinstance(tokens, (np.ndarray, str)):
         return tokens
-    if isinstance(tokens, range):
-        return np.arange(tokens.start, tokens.stop, tokens.step)
     try:
+        if isinstance(tokens, range):
+            tokens = tokens[: MAX_VOCABULARY + 1]  # a longer one leaves any vocabulary within these
+            return np.arange(tokens.start, tokens.stop, tokens.step)
         if hasattr(tokens, "__dlpack__"):
             return np.from_dlpack(tokens)
         if hasattr(tokens, "__array__"):
             return np.asarray(tokens)
-    except (BufferError, RuntimeError, TypeError, ValueError) as err:
-        raise TokenError(f"tokens of type {type(tokens).__name__} cannot be read from this engine: {err}. "
-                         f"Move them to the host first") from err
+    except Exception as err:  # the caller's own code runs here
+        raise TokenError(
+            f"tokens of type {type(tokens).__name__} cannot be read as a numpy array ({err or type(err).__name__}). "
+            f"Move them to the host and pass an integer array"
+        ) from err
     return tokens
 
 
@@ -75,6 +85,7 @@ class Document:
         self._spec = spec
         self._stated = _stated(stated_length, where)
         self._given = 0
+        self._wanted = 1
         self.tokens_read = 0
         self._ids = np.empty(0, np.int64)
         self._ends = np.empty(0, np.int64)
@@ -85,7 +96,9 @@ class Document:
             raise TokenError(f"{where}: tokens have shape {self._array.shape}; expected one dimension")
         if self._array is None and not isinstance(tokens, Iterable):
             raise TokenError(f"{where}: tokens are of type {type(tokens).__name__}; expected an array or an iterator")
-        self._clean = self._kept(_array_pieces(self._array) if self._array is not None else _pieces(tokens, where))
+        self._clean = self._kept(
+            _array_pieces(self._array) if self._array is not None else _pieces(tokens, where, lambda: self._wanted)
+        )
 
     def count(self) -> int | None:
         """The length: counted over an array (checking every token on the way), stated for an iterator, or None."""
@@ -97,8 +110,12 @@ class Document:
         return length
 
     def read(self, size: int) -> np.ndarray:
-        """The next `size` tokens, int64; fewer at the end of the document, none behind it."""
+        """The next `size` tokens, int64; fewer at the end of the document, none behind it.
+
+        Of an iterator of ints no more is taken than that, so that a document may still be in the making.
+        """
         while len(self._ids) < size:
+            self._wanted = size - len(self._ids)
             piece = next(self._clean, None)
             if piece is None:
                 break
@@ -108,7 +125,9 @@ class Document:
         if len(ids):
             self.tokens_read, self._ends = int(self._ends[len(ids) - 1]), self._ends[len(ids) :]
         self._given += len(ids)
-        if self._stated is not None and (self._given > self._stated or (len(ids) < size and self._given < self._stated)):
+        if self._stated is not None and (
+            self._given > self._stated or (len(ids) < size and self._given < self._stated)
+        ):
             raise TokenError(self._wrong_length(self._given + len(self._ids)))
         return ids
 
@@ -118,7 +137,8 @@ class Document:
             size -= len(ids)
 
     def at_end(self) -> bool:
-        """Whether nothing follows; may read one piece ahead."""
+        """Whether nothing follows; may read one piece ahead, of an iterator of ints one."""
+        self._wanted = 1
         while not len(self._ids):
             piece = next(self._clean, None)
             if piece is None:
@@ -128,7 +148,9 @@ class Document:
 
     def _wrong_length(self, came: int) -> str:
         dropped = f" after dropping the ids {list(self._spec.dropped_ids)}" if self._spec.dropped_ids else ""
-        return f"{self.where}: length={self._stated} was stated, but {came} tokens came{dropped}. State the right length"
+        return (
+            f"{self.where}: length={self._stated} was stated, but {came} tokens came{dropped}. State the right length"
+        )
 
     def _kept(self, pieces: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Checked pieces without dropped ids and padding, each with the position behind every kept token."""
@@ -164,72 +186,87 @@ def _array_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
     return (array[start : start + PIECE] for start in range(0, len(array), PIECE))
 
 
-def _pieces(tokens: Iterable[Any], where: str) -> Iterator[np.ndarray]:
-    """Arrays out of an iterator of ints or of 1-D pieces; single ints are gathered, pieces are cut to PIECE."""
-    source = iter(tokens)
-    count = 0
+def _pieces(tokens: Iterable[Any], where: str, wanted: Callable[[], int]) -> Iterator[np.ndarray]:
+    """Arrays out of an iterator of ints or of 1-D pieces; ints are gathered, as many as wanted, pieces cut to PIECE."""
+    source, count = None, 0
     while True:
+        most, numbers, other = min(wanted(), GATHER), [], NOTHING
+        failure: Exception | None = None
         try:
-            first = as_array(next(source, None))
-            if first is None:
-                return
-            if is_number(first):
-                values = [first, *_numbers(source, 4095)]
-                tail = values.pop() if not is_number(values[-1]) else None
-                found = [_from_list(values, where), *([] if tail is None else [_piece(tail, where, count + len(values))])]
-            else:
-                found = [_piece(first, where, count)]
-        except (TokenError, ContractError):
+            source = iter(tokens) if source is None else source
+            for item in itertools.islice(source, most):
+                if not is_number(item):
+                    other = item
+                    break
+                numbers.append(item)
+        except RMTError:
             raise
-        except Exception as err:
+        except Exception as err:  # the caller's own code runs here
+            failure = err
+        if numbers:
+            yield _from_list(numbers, where, count)
+            count += len(numbers)
+        if failure is not None:
             raise TokenError(
-                f"{where}: the token iterator raised {type(err).__name__}: {err} (after {count} tokens or more). The run "
+                f"{where}: the token iterator raised {type(failure).__name__}: {failure} after {count} tokens. The run "
                 f"stopped there; mend the source, and go on from a saved state if there is one"
-            ) from err
-        for piece in found:
-            count += len(piece)
+            ) from failure
+        if other is not NOTHING:
+            piece = _piece(other, where, count)
             yield from _array_pieces(piece)
-
-
-def _numbers(source: Iterator[Any], most: int) -> Iterator[Any]:
-    """Up to `most` items; the last one may be a piece instead of a number."""
-    for item in itertools.islice(source, most):
-        yield item
-        if not is_number(item):
+            count += len(piece)
+        elif len(numbers) < most:
             return
 
 
 def _piece(value: Any, where: str, start: int) -> np.ndarray:
-    value = as_array(value)
+    came, value = value, as_array(value)
     if isinstance(value, (list, tuple)):
-        value = _from_list(value, where)
+        value = _from_list(value, where, start)
     if not isinstance(value, np.ndarray) or value.ndim > 1:
-        shape = value.shape if isinstance(value, np.ndarray) else type(value).__name__
-        raise TokenError(f"{where}: the iterator gave {shape} at token {start}; expected ints or 1-D integer pieces")
+        what = f"an array of shape {value.shape}" if isinstance(value, np.ndarray) else reprlib.repr(came)
+        raise TokenError(f"{where}: the iterator gave {what} at token {start}; expected ints or 1-D integer pieces")
     return value.reshape(-1)
 
 
-def _from_list(values: Sequence[Any], where: str) -> np.ndarray:
+def _from_list(values: Sequence[Any], where: str, start: int = 0) -> np.ndarray:
+    """An array of numbers. A bool or anything else that is none is refused, where numpy would make an array of it."""
+    if not len(values):
+        return np.empty(0, np.int64)
+    kinds = set(map(type, values))
+    if any(kind is bool or not issubclass(kind, (int, float, np.integer, np.floating)) for kind in kinds):
+        bad = next(i for i, v in enumerate(values) if isinstance(v, (bool, np.bool_)) or not is_number(v))
+        raise TokenError(
+            f"{where}: token {start + bad} is {reprlib.repr(values[bad])}, of type {type(values[bad]).__name__}; token ids "
+            f"are whole numbers"
+        )
     try:
-        array = np.asarray(values) if len(values) else np.empty(0, np.int64)
-    except (ValueError, OverflowError) as err:
-        raise TokenError(f"{where}: the list cannot be read as token ids ({err}); expected whole numbers") from err
-    return array
+        return np.array(values, np.int64) if kinds == {int} else np.asarray(values)
+    except OverflowError as err:
+        bad = next(i for i, v in enumerate(values) if abs(v) >> 62)
+        raise TokenError(_too_large(where, start + bad, values[bad])) from err
+
+
+def _too_large(where: str, position: int, value: Any) -> str:
+    return f"{where}: token {position} is {reprlib.repr(int(value))}; no vocabulary is that large. Is it a token id?"
 
 
 def _as_ids(raw: np.ndarray, where: str, start: int) -> np.ndarray:
     """int64 ids out of an integer array, or out of floats that are all whole numbers."""
+    if raw.dtype.kind == "O":
+        raw = _from_list(raw.tolist(), where, start)
     if raw.dtype.kind in "iu":
         if raw.dtype == np.uint64 and len(raw) and int(raw.max()) > np.iinfo(np.int64).max:
-            raise TokenError(f"{where}: a token near {start} is {int(raw.max())}; no vocabulary is that large")
+            raise TokenError(_too_large(where, start + int(raw.argmax()), raw.max()))
         return raw.astype(np.int64)
     if raw.dtype.kind == "f":
-        whole = np.isfinite(raw) & (raw == np.floor(raw)) & (np.abs(raw) < 2**53)
+        values = raw.astype(np.float64)
+        whole = np.isfinite(values) & (values == np.floor(values)) & (np.abs(values) < 2**53)
         if whole.all():
-            return raw.astype(np.int64)
+            return values.astype(np.int64)
         bad = int(np.argmin(whole))
         raise TokenError(f"{where}: token {start + bad} is {raw[bad]}; token ids are whole numbers")
-    raise TokenError(f"{where}: tokens have dtype {raw.dtype}; expected integers (for text, use a model with a tokenizer)")
+    raise TokenError(f"{where}: tokens have dtype {raw.dtype}; expected integers. For text pass a str")
 
 
 def _stated(length: Any, where: str) -> int | None:
