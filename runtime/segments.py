@@ -1,4 +1,4 @@
-"""Where a document is cut: the three alignments of the published implementations (`RMT_FORMATS` in docs/bundle.md)."""
+"""Where a document is cut: the three alignments of the published implementations (docs/bundle.md, "Running the graph")."""
 
 from __future__ import annotations
 
