@@ -1,0 +1,164 @@
+"""Small models of every backbone, exported once per test session, and the check that compares runs with the recurrence.
+
+The weights are random, and scaled so that resetting the memory changes the logits by far more than a tolerance:
+a recurrence that loses its memory cannot pass. `test_parity.py` asserts that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rmt_trt import RMTRuntime, StepSpec
+from rmt_trt.export import ExportOptions, Report, export_model
+from rmt_trt.export.verify import random_document, relative_error
+from rmt_trt.model.checkpoint import load_model, save_model
+from rmt_trt.model.config import ModelConfig
+from rmt_trt.model.recurrence import recurrence
+from rmt_trt.model.step import RMTModel, build_model
+
+M, S, WIDTH, VOCAB, CLASSES, POSITIONS = 4, 20, 32, 96, 5, 40
+TOLERANCE = 1e-4
+MEMORY_EFFECT = 0.01
+LENGTHS = (1, S - 1, S, S + 1, 3 * S, 3 * S + 7, 19 * S + 3)
+
+_SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_TABLE = {"vocab_size": VOCAB, "max_position_embeddings": POSITIONS}
+_GROUPED = {**_SIZES, **_TABLE, "num_key_value_heads": 2}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "bert": {**_SIZES, **_TABLE, "pad_token_id": 0, "num_labels": CLASSES},
+    "roberta": {**_SIZES, **_TABLE, "pad_token_id": 1, "num_labels": CLASSES},
+    "distilbert": {"dim": WIDTH, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "num_labels": CLASSES, **_TABLE},
+    "gpt2": {
+        "n_embd": WIDTH,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": POSITIONS,
+        "vocab_size": VOCAB,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "gpt_neox": {**_SIZES, **_TABLE, "rotary_pct": 0.25, "tie_word_embeddings": False},
+    "llama": {**_GROUPED, "tie_word_embeddings": False},
+    "qwen2": {**_GROUPED, "tie_word_embeddings": True},
+}
+ENCODERS, DECODERS = ("bert", "roberta", "distilbert"), ("gpt2", "gpt_neox", "llama", "qwen2")
+# [CLS], [SEP] and [PAD] as the tokenizers number them. RoBERTa's [CLS] and [SEP] inside a text are kept: `aaai24`.
+SPECIAL = {
+    "bert": {"cls": 2, "sep": 3, "pad": 0, "dropped": (0, 2, 3)},
+    "roberta": {"cls": 0, "sep": 2, "pad": 1, "dropped": (1,)},
+    "distilbert": {"cls": 2, "sep": 3, "pad": 0, "dropped": (0, 2, 3)},
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model, the checkpoint it was saved as, the bundle that was exported from that, and the export's report."""
+
+    name: str
+    model: RMTModel
+    checkpoint: Path
+    bundle: Path
+    report: Report
+    spec: StepSpec
+
+    def open(self, **options: Any) -> RMTRuntime:
+        """The bundle on the CPU engine, single-threaded: tiny models run slower on many threads."""
+        return RMTRuntime(self.bundle, engine="cpu", threads=1, **options)
+
+    def document(self, length: int, seed: int = 0) -> np.ndarray:
+        """(length,) int64 ids, none of which is dropped."""
+        return random_document(self.spec, length, seed)
+
+
+def model_config(name: str, **changes: Any) -> ModelConfig:
+    """The config of a model of the catalogue, with some fields changed."""
+    backbone = {"model_type": name, **BACKBONES[name]}
+    special = SPECIAL.get(name)
+    fields: dict[str, Any] = {"form": "decoder", "num_logits": VOCAB, "alignment": "left"}
+    if special is not None:
+        fields = {
+            "form": "encoder",
+            "num_logits": CLASSES,
+            "alignment": "right",
+            "prefix_ids": (special["cls"],),
+            "middle_ids": (special["sep"],),
+            "suffix_ids": (special["sep"],),
+            "pad_id": special["pad"],
+            "dropped_ids": special["dropped"],
+            "id2label": ("zero", "one", "two", "three", "four"),
+        }
+    sizes = {"num_memory": M, "segment_length": S, "vocab_size": VOCAB, "width": WIDTH}
+    return ModelConfig(backbone=backbone, **{**sizes, **fields, **changes})
+
+
+def make_model(name: str, seed: int = 0, **changes: Any) -> RMTModel:
+    """A random model. Matrices are four times what a fresh one has, so that the text and the memory matter."""
+    torch.manual_seed(seed)
+    model = build_model(model_config(name, **changes))
+    with torch.no_grad():
+        for parameter in {id(p): p for p in model.backbone.parameters()}.values():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+        model.memory.normal_()
+    return model
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder of this session, removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="rmt-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def made(name: str) -> Made:
+    """A model of the catalogue, saved, loaded and exported: once per session, so nobody may change its files."""
+    checkpoint, bundle = scratch() / f"{name}.pt", scratch() / f"{name}.rmt"
+    save_model(checkpoint, make_model(name))
+    loaded = load_model(checkpoint)
+    report = export_model(loaded, bundle, ExportOptions(segments=4), source=checkpoint)
+    return Made(name, loaded.model, checkpoint, bundle, report, loaded.spec)
+
+
+@functools.cache
+def reference(name: str, length: int, alignment: str, seed: int = 0) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """(memory, logits) after every segment of `made(name).document(length, seed)`, by the plain recurrence."""
+    this = made(name)
+    steps = recurrence(this.model, this.document(length, seed).tolist(), alignment)
+    return tuple((memory.numpy(), logits.numpy()) for memory, logits in steps)
+
+
+def steps_of(runtime: RMTRuntime, tokens: Any, **options: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(memory, logits) after every segment of one document, by a runtime."""
+    for piece in runtime.stream(tokens, memory=True, **options):
+        yield piece.memory, piece.logits
+
+
+def check_parity(
+    found: Iterable[tuple[np.ndarray, np.ndarray]], wanted: Iterable[tuple[np.ndarray, np.ndarray]], where: str = ""
+) -> float:
+    """The largest relative L2 error of memory and logits over all segments.
+
+    Raises AssertionError at the first segment where it is above TOLERANCE, and when the segments are not as many.
+    """
+    found, wanted = list(found), list(wanted)
+    assert len(found) == len(wanted), f"{where}: {len(found)} segments; the recurrence has {len(wanted)}"
+    worst = 0.0
+    for number, ((memory, logits), (memory_wanted, logits_wanted)) in enumerate(zip(found, wanted, strict=True), 1):
+        shapes = (memory.shape, logits.shape), (memory_wanted.shape, logits_wanted.shape)
+        assert shapes[0] == shapes[1], f"{where}: shapes {shapes[0]} after segment {number}; expected {shapes[1]}"
+        errors = relative_error(memory, memory_wanted), relative_error(logits, logits_wanted)
+        assert max(errors) <= TOLERANCE, f"{where}: memory, logits drift by {errors} after segment {number}"
+        worst = max(worst, *errors)
+    return worst
