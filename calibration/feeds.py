@@ -42,5 +42,7 @@ def recurrent_feeds(runtime: RMTRuntime, documents: Iterable[Any], every: int = 
         for piece in runtime.stream(kept, alignment="left", logits="none", memory=True):
             if piece.index % every == 0:
                 inputs = {name: value[None] for name, value in zip(names, states, strict=True)}
-                yield Feed({**inputs, SEGMENT: kept[None, piece.start : piece.stop].astype(np.int64)}, number, piece.index)
+                yield Feed(
+                    {**inputs, SEGMENT: kept[None, piece.start : piece.stop].astype(np.int64)}, number, piece.index
+                )
             states = piece.states

@@ -107,14 +107,22 @@ def _write(
 
         with RMTRuntime(folder, engine="cpu") as runtime:
             report = verify(
-                runtime, reference, options.segments, options.tolerance,
+                runtime,
+                reference,
+                options.segments,
+                options.tolerance,
                 progress=lambda done, total: progress("verify", done, total),
             )
         if not options.accept_drift:
             report.require()
         (folder / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-        summary = {"passed": report.passed, "worst": report.worst, "tolerance": report.tolerance,
-                   "segments": report.segments, "accepted_drift": not report.passed}
+        summary = {
+            "passed": report.passed,
+            "worst": report.worst,
+            "tolerance": report.tolerance,
+            "segments": report.segments,
+            "accepted_drift": not report.passed,
+        }
         write_manifest(folder, replace(manifest, verification=summary))
     return report
 

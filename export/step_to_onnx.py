@@ -56,7 +56,9 @@ def export_step(
     try:
         program.save(path, external_data=size >= external_data_bytes)
     except OSError as err:
-        raise FormatError(f"cannot write {path}: {err.strerror or err}. Free some space or choose another place") from err
+        raise FormatError(
+            f"cannot write {path}: {err.strerror or err}. Free some space or choose another place"
+        ) from err
     return spec
 
 
@@ -79,7 +81,9 @@ def _export(step: nn.Module, spec: StepSpec, opset: int) -> Any:
     """Traces with two rows and a text that is neither 1 nor S long: a size that is special would be frozen."""
     length = min(spec.segment_length, max(2, spec.segment_length // 2))
     device = next(step.parameters()).device
-    states = tuple(torch.zeros((2, *state.shape), dtype=getattr(torch, state.dtype), device=device) for state in spec.states)
+    states = tuple(
+        torch.zeros((2, *state.shape), dtype=getattr(torch, state.dtype), device=device) for state in spec.states
+    )
     segment = torch.zeros((2, length), dtype=torch.int64, device=device)
     batch = torch.export.Dim("batch", min=1)
     text = torch.export.Dim("text", min=1, max=spec.segment_length) if spec.segment_length > 1 else None

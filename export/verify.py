@@ -76,7 +76,11 @@ class Report:
         """Errors: VerificationError, when the report did not pass."""
         if not self.passed:
             bad = next((r for r in self.rows if not max(r.memory, r.logits) <= self.tolerance), None)
-            where = f"after segment {bad.segment} (memory {bad.memory:.1e}, logits {bad.logits:.1e})" if bad else "in a batch"
+            where = (
+                f"after segment {bad.segment} (memory {bad.memory:.1e}, logits {bad.logits:.1e})"
+                if bad
+                else "in a batch"
+            )
             raise VerificationError(
                 f"engine '{self.engine}' ({self.dtype}) drifts from the {self.reference} by {self.worst:.1e}, more than "
                 f"{self.tolerance:.1e}, first {where}. Set another limit with --tolerance, or keep it with --accept-drift"
@@ -142,7 +146,7 @@ def model_reference(model: EncoderStep | DecoderStep) -> Reference:
     """The plain recurrence of a published model."""
 
     def run(tokens: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
-        for memory, logits in recurrence(model, tokens):
+        for memory, logits in recurrence(model, tokens.tolist()):
             yield (memory.numpy(),), logits.numpy()
 
     return run

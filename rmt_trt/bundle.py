@@ -92,7 +92,7 @@ class Manifest:
     def from_json(cls, value: object, where: Path) -> Manifest:
         """Checks every field. Errors: FormatError, ContractError, naming the file `where` it stands."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise FormatError(f"{where} is no manifest of an rmt-trt bundle (no \"format\": \"{FORMAT}\")")
+            raise FormatError(f'{where} is no manifest of an rmt-trt bundle (no "format": "{FORMAT}")')
         if value.get("format_version") != FORMAT_VERSION:
             raise FormatError(
                 f"{where} has format version {value.get('format_version')!r}; this rmt-trt {rmt_trt.__version__} reads "
@@ -144,7 +144,9 @@ class Bundle:
         path = self.path / name
         if name not in self._checked:
             if not path.resolve().is_relative_to(self.path.resolve()) or path.is_symlink() or not path.is_file():
-                raise FormatError(f"{path} is missing, or no regular file inside the bundle. Copy the whole folder again")
+                raise FormatError(
+                    f"{path} is missing, or no regular file inside the bundle. Copy the whole folder again"
+                )
             size = path.stat().st_size
             if size != entry.size:
                 raise FormatError(

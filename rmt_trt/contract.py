@@ -15,6 +15,7 @@ the `StepSpec`, none restates it. Standard library and numpy only.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -42,6 +43,7 @@ MAX_SEGMENT_LENGTH = 1 << 20
 MAX_VOCABULARY = 1 << 24
 MAX_STATES = 1024
 MAX_STATE_VALUES = 1 << 28
+MAX_STATE_AXES = 8
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class StateSpec:
             if not isinstance(value, str) or not value or value in (SEGMENT, LOGITS):
                 raise ContractError(f"state {name} is {value!r}; expected a tensor name other than 'segment', 'logits'")
         shape = _whole_numbers(self.shape, f"shape of state '{self.input}'", 1, MAX_STATE_VALUES)
-        if not shape or int(np.prod(shape, dtype=object)) > MAX_STATE_VALUES:
+        if not 1 <= len(shape) <= MAX_STATE_AXES or math.prod(shape) > MAX_STATE_VALUES:
             raise ContractError(
-                f"state '{self.input}' has shape {shape}; expected 1 axis or more and at most {MAX_STATE_VALUES} values"
+                f"state '{self.input}' has shape {shape}; expected 1 to {MAX_STATE_AXES} axes and at most {MAX_STATE_VALUES} values"
             )
         if self.dtype not in STATE_DTYPES:
             raise ContractError(f"state '{self.input}' has dtype {self.dtype!r}; expected one of {STATE_DTYPES}")
@@ -102,7 +104,7 @@ class StepSpec:
     version: int = field(default=SPEC_VERSION)
 
     def __post_init__(self) -> None:
-        if self.version != SPEC_VERSION:
+        if type(self.version) is not int or self.version != SPEC_VERSION:
             raise ContractError(f"step spec has version {self.version!r}; this rmt-trt reads version {SPEC_VERSION}")
         _one_of(self.form, FORMS, "form")
         _one_of(self.logits, LOGITS_KINDS, "logits")
@@ -114,13 +116,21 @@ class StepSpec:
             _whole_numbers((self.max_segments,), "max_segments", 1, 1 << 40)
         dropped = _whole_numbers(self.dropped_ids, "dropped_ids", 0, MAX_VOCABULARY)
         object.__setattr__(self, "dropped_ids", tuple(sorted(set(dropped))))
-        object.__setattr__(self, "id2label", tuple(str(label) for label in self.id2label))
+        if not isinstance(self.id2label, (tuple, list)) or not all(isinstance(label, str) for label in self.id2label):
+            raise ContractError(f"id2label is {self.id2label!r}; expected the names of the classes in order, as text")
+        object.__setattr__(self, "id2label", tuple(self.id2label))
+        if not isinstance(self.fingerprint, str):
+            raise ContractError(f"fingerprint is {self.fingerprint!r}; expected text, a SHA-256 in hexadecimal")
         if self.id2label and len(self.id2label) != self.num_logits:
             raise ContractError(f"id2label names {len(self.id2label)} classes; the step has {self.num_logits} logits")
         states = tuple(self.states)
         object.__setattr__(self, "states", states)
         if not 1 <= len(states) <= MAX_STATES:
             raise ContractError(f"step spec has {len(states)} states; expected 1 to {MAX_STATES}")
+        if sum(math.prod(state.shape) for state in states) > MAX_STATE_VALUES:
+            raise ContractError(
+                f"step spec has states of more than {MAX_STATE_VALUES} values in all; no step carries that"
+            )
         names = [name for state in states for name in (state.input, state.output)]
         if len(set(names)) != len(names) or len({state.initial for state in states}) != len(states):
             raise ContractError(f"step spec uses a tensor name twice: {names}; every state needs names of its own")

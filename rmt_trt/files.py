@@ -8,21 +8,42 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rmt_trt.errors import FormatError
+from rmt_trt.errors import ContractError, FormatError
+
+
+def checked_path(path: object) -> Path:
+    """A path out of what a caller passes. Errors: ContractError, for anything that is none."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise ContractError(f"the path is {path!r}; expected the path of a file or folder as text or pathlib.Path")
+    return Path(path)
+
+
+def check_target(path: Path) -> None:
+    """Says before the work what would stop a file from being written behind it. Errors: FormatError."""
+    try:
+        if path.exists() and not path.is_file():
+            raise FormatError(f"{path} is no regular file; it is not replaced. Choose another name")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise FormatError(f"cannot write {path}: {path.parent} is no folder that can be written. Choose another place")
+    except OSError as err:
+        raise _cannot_write(path, err) from err
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it is synced and renamed to `path`, else removed.
 
-    Errors: FormatError, when the folder cannot be written or the disk is full. A KeyboardInterrupt passes through;
-    what `path` held before is untouched.
+    Errors: FormatError, when the folder cannot be written, the disk is full or `path` is a device, a pipe or a folder.
+    A KeyboardInterrupt passes through; what `path` held before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_target(path)
+    path = path.resolve() if path.is_symlink() else path
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         yield temporary
         sync(temporary)
@@ -31,7 +52,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as err:
         raise _cannot_write(path, err) from err
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -40,6 +62,8 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
     Errors: FormatError, when `path` exists and `overwrite` is not set, or when writing fails.
     """
+    if not path.parent.is_dir():
+        raise FormatError(f"cannot write {path}: {path.parent} is no folder. Create it first, or choose another place")
     if os.path.lexists(path) and not overwrite:
         raise FormatError(f"{path} exists already. Choose another name (-o), or replace it with --overwrite")
     if overwrite and path.exists() and not (path / "manifest.json").is_file():

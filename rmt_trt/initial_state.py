@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping
 
@@ -41,14 +40,17 @@ def from_bytes(data: bytes, spec: StepSpec, where: str) -> tuple[np.ndarray, ...
     try:
         tensors = safetensors.numpy.load(data)
     except (SafetensorError, KeyError, ValueError) as err:
-        raise FormatError(f"{where}: the initial state is no readable safetensors file ({err})") from err
+        raise FormatError(
+            f"{where}: the initial state is no readable safetensors file ({err}). Export the model again"
+        ) from err
     values = []
     for state in spec.states:
         value = tensors.get(state.initial)
         if value is None or value.shape != state.shape or value.dtype != state.dtype or not np.isfinite(value).all():
             found = "missing" if value is None else f"{value.shape} {value.dtype}"
             raise FormatError(
-                f"{where}: initial state '{state.initial}' is {found}; expected {state.shape} {state.dtype}, all finite"
+                f"{where}: initial state '{state.initial}' is {found}; expected {state.shape} {state.dtype}, all finite. "
+                f"Export the model again"
             )
         values.append(value)
     return tuple(values)
@@ -66,18 +68,28 @@ def to_metadata(spec: StepSpec, initial: Mapping[str, np.ndarray]) -> dict[str, 
     return {SPEC_KEY: json.dumps(spec.to_json(), sort_keys=True), INITIAL_KEY: encoded}
 
 
-def from_metadata(metadata: Mapping[str, str], where: str) -> tuple[StepSpec, tuple[np.ndarray, ...]]:
-    """Spec and initial states out of ONNX metadata. Errors: FormatError, ContractError."""
+def spec_from_metadata(metadata: Mapping[str, str], where: str) -> StepSpec:
+    """The step spec out of ONNX metadata. Errors: FormatError, naming `where` it stands."""
     if SPEC_KEY not in metadata or INITIAL_KEY not in metadata:
         raise FormatError(
             f"{where} carries no step spec in its metadata, so it was not written by rmt-export. "
             f"Export the model with rmt-export, or a step of your own with rmt_trt.export.export_step"
         )
     try:
-        spec = StepSpec.from_json(json.loads(metadata[SPEC_KEY]))
+        return StepSpec.from_json(json.loads(metadata[SPEC_KEY]))
+    except (ValueError, RecursionError) as err:
+        raise FormatError(
+            f"{where}: the step spec in its metadata cannot be read ({err}). Export the model again"
+        ) from err
+
+
+def from_metadata(metadata: Mapping[str, str], where: str) -> tuple[StepSpec, tuple[np.ndarray, ...]]:
+    """Spec and initial states out of ONNX metadata. Errors: FormatError, naming `where` they came from."""
+    spec = spec_from_metadata(metadata, where)
+    try:
         data = base64.b64decode(metadata[INITIAL_KEY], validate=True)
-    except ContractError:
-        raise
-    except (ValueError, RecursionError, binascii.Error) as err:
-        raise FormatError(f"{where}: the step spec in its metadata cannot be read ({err})") from err
+    except ValueError as err:
+        raise FormatError(
+            f"{where}: the initial state in its metadata is no base64 ({err}). Export the model again"
+        ) from err
     return spec, from_bytes(data, spec, where)

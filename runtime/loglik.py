@@ -16,4 +16,5 @@ def log_likelihood(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
     top = logits.max(axis=1)
     total = np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)
     chosen = logits[np.arange(len(ids)), ids].astype(np.float64)
-    return chosen - top - np.log(total)
+    scores: np.ndarray = chosen - top - np.log(total)
+    return scores

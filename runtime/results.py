@@ -107,7 +107,9 @@ class BatchResult(Sequence[RunResult]):
         rows = [result.logits for result in self._results]
         shapes = {None if row is None else row.shape for row in rows}
         if None in shapes or len(shapes) != 1:
-            raise ContractError("the documents' logits do not stack into one array; read them one by one: out[i].logits")
+            raise ContractError(
+                "the documents' logits do not stack into one array; read them one by one: out[i].logits"
+            )
         return np.stack([row for row in rows if row is not None])
 
     @property

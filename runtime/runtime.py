@@ -11,7 +11,7 @@ from typing import Any, Self, overload
 
 import numpy as np
 
-from rmt_trt.contract import Alignment, Engine, StepSpec
+from rmt_trt.contract import Engine, StepSpec
 from rmt_trt.errors import ContractError, EngineError, FormatError, TokenError, require
 from rmt_trt.runtime.engines import choose, engine_module
 from rmt_trt.runtime.recurrence import Recurrence
@@ -22,6 +22,8 @@ from rmt_trt.runtime.stream import Stream
 from rmt_trt.runtime.tracks import Reading, open_tracks
 
 log = logging.getLogger("rmt_trt")
+
+MAX_BATCH, MAX_DEVICE, MAX_THREADS = 1 << 20, 1 << 10, 1 << 12
 
 
 class RMTRuntime:
@@ -52,8 +54,10 @@ class RMTRuntime:
         threads: int | None = None,
         max_batch: int = 64,
     ) -> None:
-        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
-            raise ContractError(f"max_batch is {max_batch!r}; expected a whole number of at least 1")
+        _whole("max_batch", max_batch, 1, MAX_BATCH)
+        _whole("device", device, 0, MAX_DEVICE)
+        if threads is not None:
+            _whole("threads", threads, 1, MAX_THREADS)
         source = open_source(path)
         self.path = source.path
         self.spec: StepSpec = source.spec
@@ -75,7 +79,7 @@ class RMTRuntime:
         tokens: list[str] | list[list[int]] | list[np.ndarray],
         state: Sequence[State | None] | None = None,
         *,
-        alignment: Alignment | None = None,
+        alignment: str | None = None,
         logits: str = "last",
         length: Any = None,
         max_segments: int | None = None,
@@ -88,7 +92,7 @@ class RMTRuntime:
         tokens: Any,
         state: Any = None,
         *,
-        alignment: Alignment | None = None,
+        alignment: str | None = None,
         logits: str = "last",
         length: Any = None,
         max_segments: int | None = None,
@@ -100,7 +104,7 @@ class RMTRuntime:
         tokens: Any,
         state: Any = None,
         *,
-        alignment: Alignment | None = None,
+        alignment: str | None = None,
         logits: str = "last",
         length: Any = None,
         max_segments: int | None = None,
@@ -124,16 +128,20 @@ class RMTRuntime:
         ContractError for options that do not fit, FormatError for another model's state, EngineError when a step fails.
         """
         self._live_engine()
+        if on_piece is not None and not callable(on_piece):
+            raise ContractError(f"on_piece is {type(on_piece).__name__}; expected a function that takes a Piece")
         reading = Reading.of(self.spec, alignment, logits, max_segments, overflow)
         tracks, batch = open_tracks(tokens, state, length, reading, self.spec, self._initial, self.encode)
         results: list[RunResult] = []
         for start in range(0, len(tracks), self._max_batch):
-            group = Recurrence(self._live_engine, self.spec, tracks[start : start + self._max_batch], self._lock, logits)
+            group = Recurrence(
+                self._live_engine, self.spec, tracks[start : start + self._max_batch], self._lock, logits
+            )
             stream = Stream(group, self.spec, reading, batch=True, keep=on_piece is None)
             for piece in stream:
                 if on_piece is not None:
                     on_piece(piece)
-            results += stream.result
+            results += stream.results
         return BatchResult(results) if batch else results[0]
 
     def stream(
@@ -141,7 +149,7 @@ class RMTRuntime:
         tokens: Any,
         state: Any = None,
         *,
-        alignment: Alignment | None = None,
+        alignment: str | None = None,
         logits: str = "all",
         length: Any = None,
         max_segments: int | None = None,
@@ -212,3 +220,8 @@ class RMTRuntime:
         if self._engine is None:
             raise EngineError(f"the runtime of {self.path} is closed; open a new RMTRuntime")
         return self._engine
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ContractError(f"{name} is {value!r}; expected a whole number from {low} to {high}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from rmt_trt.contract import Alignment
@@ -22,7 +21,7 @@ class Cut:
 
     def count(self, length: int) -> int:
         """Number of segments of a document of `length` >= 1 tokens."""
-        return 1 + math.ceil(max(0, length - self.first) / self.rest)
+        return 1 + ceil_div(max(0, length - self.first), self.rest)
 
 
 def cut(length: int | None, segment_length: int, alignment: Alignment) -> Cut:
@@ -42,8 +41,13 @@ def cut(length: int | None, segment_length: int, alignment: Alignment) -> Cut:
         raise ContractError(f"a document of {length} tokens cannot be cut; expected at least 1")
     if alignment == "right":
         return Cut((length - 1) % segment_length + 1, segment_length)
-    size = math.ceil(length / math.ceil(length / segment_length))
+    size = ceil_div(length, ceil_div(length, segment_length))
     return Cut(size, size)
+
+
+def ceil_div(length: int, size: int) -> int:
+    """length / size, rounded up; exact for lengths of any size."""
+    return -(-length // size)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Limit:
 
     def message(self, length: int | None, segment_length: int, where: str) -> str:
         """What is said of a document that is too long."""
-        came = f"{length} tokens, {math.ceil(length / segment_length)} segments" if length else "more tokens"
+        came = f"{length} tokens, {ceil_div(length, segment_length)} segments" if length else "more tokens"
         return (
             f"{where}: {came} of {segment_length}; max_segments={self.max_segments} allows "
             f"{self.max_segments * segment_length} tokens. Raise it, or pass overflow='head' or 'tail'"

@@ -34,7 +34,9 @@ def open_source(path: Path | str) -> Source:
     """Errors: FormatError, when the path is none of the kinds or is damaged; EngineError, when a library is missing."""
     path = Path(path)
     if not path.exists():
-        raise FormatError(f"{path} does not exist; expected a bundle (NAME.rmt), an ONNX graph or a checkpoint (model.pt)")
+        raise FormatError(
+            f"{path} does not exist; expected a bundle (NAME.rmt), an ONNX graph or a checkpoint (model.pt)"
+        )
     if path.is_dir() and (path / MANIFEST).is_file():
         bundle = Bundle(path)
         return Source("bundle", path, bundle.spec, bundle.initial(), bundle.tokenizer(), bundle)
@@ -43,7 +45,9 @@ def open_source(path: Path | str) -> Source:
     if path.suffix in CHECKPOINT_SUFFIXES or path.is_dir():
         return _checkpoint(path)
     if path.suffix == ".engine":
-        raise EngineError(f"{path} is a TensorRT engine; this version of rmt-trt cannot run one. Open the bundle instead")
+        raise EngineError(
+            f"{path} is a TensorRT engine; this version of rmt-trt cannot run one. Open the bundle instead"
+        )
     raise FormatError(
         f"{path} is none of what a runtime opens: a bundle folder (NAME.rmt), an .onnx graph, or a checkpoint "
         f"({', '.join(CHECKPOINT_SUFFIXES)})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import FormatError
-from rmt_trt.files import read_bounded, write_file
+from rmt_trt.files import checked_path, read_bounded, write_file
 from rmt_trt.initial_state import HEADER_LIMIT, size_limit
 
 FORMAT = "rmt-trt-state"
@@ -68,7 +69,7 @@ class State:
             "fingerprint": self.fingerprint,
             "facts": json.dumps(facts),
         }
-        write_file(Path(path), safetensors.numpy.save(tensors, metadata))
+        write_file(checked_path(path), safetensors.numpy.save(tensors, metadata))
 
     @classmethod
     def load(cls, path: Path | str, spec: StepSpec) -> State:
@@ -76,7 +77,7 @@ class State:
 
         Errors: FormatError, when the file is no state, is damaged, or was saved by another model.
         """
-        path = Path(path)
+        path = checked_path(path)
         limit = size_limit(spec) + 8 * spec.segment_length + 4 * spec.num_logits + HEADER_LIMIT
         data = read_bounded(path, limit, "a saved state")
         try:
@@ -87,7 +88,8 @@ class State:
                 raise FormatError(f"{path} is a safetensors file, but no state saved by rmt-trt")
             if metadata.get("format_version") != FORMAT_VERSION:
                 raise FormatError(
-                    f"{path} has state format version {metadata.get('format_version')!r}; this rmt-trt reads {FORMAT_VERSION}"
+                    f"{path} has state format version {metadata.get('format_version')!r}; this rmt-trt reads {FORMAT_VERSION}. "
+                    f"Update rmt-trt, or start the document anew"
                 )
             facts = json.loads(metadata["facts"])
             total = facts["loglik_sum"]
@@ -101,10 +103,12 @@ class State:
                 loglik_sum=None if total is None else float.fromhex(total),
                 fingerprint=metadata["fingerprint"],
             )
-        except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as err:
+        except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as err:
             if isinstance(err, FormatError):
                 raise
-            raise FormatError(f"{path} is no readable state ({err!r}); it was cut, altered, or is another file") from err
+            raise FormatError(
+                f"{path} is no readable state ({err!r}); it was cut, altered, or is another file"
+            ) from err
         state.check(spec, str(path))
         return state
 
@@ -115,26 +119,46 @@ class State:
                 f"{where} was saved by another model (fingerprint {self.fingerprint[:12]}..., this model has "
                 f"{spec.fingerprint[:12]}...). A state fits the weights that made it only; start anew without it"
             )
+        if len(self.states) != len(spec.states):
+            raise FormatError(f"{where} has {len(self.states)} states; the model has {len(spec.states)}")
         for value, wanted in zip(self.states, spec.states, strict=True):
             if value.shape != wanted.shape or value.dtype != wanted.dtype or not np.isfinite(value).all():
                 raise FormatError(
                     f"{where}: state '{wanted.input}' is {value.shape} {value.dtype}; expected {wanted.shape} "
-                    f"{wanted.dtype}, all finite"
+                    f"{wanted.dtype}, all finite. The state was altered: go on from another one, or start anew"
                 )
-        numbers = (self.position, self.tokens_read, self.segments)
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-            raise FormatError(f"{where}: position, tokens_read, segments are {numbers}; expected whole numbers")
+        self._check_pending(spec, where)
+        self._check_numbers(spec, where)
+        last = self.last_logits
+        if last is not None and (last.shape != (spec.num_logits,) or last.dtype != np.float32 or np.isnan(last).any()):
+            raise FormatError(
+                f"{where}: last logits are {last.shape} {last.dtype}; expected ({spec.num_logits},) float32, none of them nan"
+            )
+
+    def _check_pending(self, spec: StepSpec, where: str) -> None:
         pending = self.pending
-        if (
-            pending.dtype != np.int64
-            or pending.ndim != 1
-            or len(pending) >= spec.segment_length
-            or len(pending) > self.position
-            or (len(pending) and not 0 <= int(pending.min()) <= int(pending.max()) < spec.vocab_size)
-        ):
+        if pending.dtype != np.int64 or pending.ndim != 1 or len(pending) >= spec.segment_length:
             raise FormatError(
                 f"{where}: pending tokens are {pending.shape} {pending.dtype}; expected fewer than {spec.segment_length} "
-                f"ids of the vocabulary"
+                f"int64 ids"
             )
-        if self.last_logits is not None and self.last_logits.shape != (spec.num_logits,):
-            raise FormatError(f"{where}: last logits are {self.last_logits.shape}; expected ({spec.num_logits},)")
+        if len(pending) and not 0 <= int(pending.min()) <= int(pending.max()) < spec.vocab_size:
+            raise FormatError(
+                f"{where}: pending tokens run from {pending.min()} to {pending.max()}; expected ids from 0 to "
+                f"{spec.vocab_size - 1}"
+            )
+
+    def _check_numbers(self, spec: StepSpec, where: str) -> None:
+        numbers = {"position": self.position, "tokens_read": self.tokens_read, "segments": self.segments}
+        for name, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 63:
+                raise FormatError(f"{where}: {name} is {number!r:.40}; expected a whole number of at least 0")
+        position = self.segments * spec.segment_length + len(self.pending)
+        if self.position != position or self.tokens_read < position:
+            raise FormatError(
+                f"{where}: position {self.position}, tokens_read {self.tokens_read}; {self.segments} segments of "
+                f"{spec.segment_length} and {len(self.pending)} pending tokens make {position}. The state was altered"
+            )
+        total = self.loglik_sum
+        if total is not None and not (isinstance(total, float) and math.isfinite(total)):
+            raise FormatError(f"{where}: loglik_sum is {total!r}; expected a finite number")

@@ -21,7 +21,9 @@ class Stream(Iterator[Piece]):
     each document is held, and memory stays constant.
     """
 
-    def __init__(self, recurrence: Recurrence, spec: StepSpec, reading: Reading, batch: bool, keep: bool = False) -> None:
+    def __init__(
+        self, recurrence: Recurrence, spec: StepSpec, reading: Reading, batch: bool, keep: bool = False
+    ) -> None:
         self._recurrence, self._spec, self._reading, self._batch = recurrence, spec, reading, batch
         self._source = iter(recurrence)
         self._gather = keep and reading.logits in ("all", "loglik")
@@ -55,11 +57,15 @@ class Stream(Iterator[Piece]):
 
     @property
     def result(self) -> RunResult | BatchResult:
-        """The answer, once every piece was taken. Errors: ContractError before that."""
+        """The answer, once every piece was taken: of a batch a BatchResult. Errors: ContractError before that."""
+        return BatchResult(self.results) if self._batch else self.results[0]
+
+    @property
+    def results(self) -> list[RunResult]:
+        """The answers as a list, one per document. Errors: as `result`."""
         if not self._ended:
             raise ContractError("the stream has not ended; take every piece before asking for its result")
-        results = [self._result(track) for track in self._recurrence.tracks]
-        return BatchResult(results) if self._batch else results[0]
+        return [self._result(track) for track in self._recurrence.tracks]
 
     def _result(self, track: Track) -> RunResult:
         pieces, left = self._pieces[track.row], self._reading.alignment == "left"

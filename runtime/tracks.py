@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +27,17 @@ class Reading:
     limit: Limit | None
 
     @classmethod
-    def of(
-        cls, spec: StepSpec, alignment: Alignment | None, logits: str, max_segments: int | None, overflow: str
-    ) -> Reading:
+    def of(cls, spec: StepSpec, alignment: str | None, logits: str, max_segments: int | None, overflow: str) -> Reading:
         """Errors: ContractError."""
-        alignment = alignment or spec.alignment
+        alignment = spec.alignment if alignment is None else alignment
         if alignment not in ALIGNMENTS:
             raise ContractError(f"alignment is {alignment!r}; expected one of {', '.join(ALIGNMENTS)}")
         if logits not in LOGITS_MODES:
             raise ContractError(f"logits is {logits!r}; expected one of {', '.join(LOGITS_MODES)}")
         if logits == "loglik" and spec.logits != "lm":
-            raise ContractError("logits='loglik' is for language models; this model is a classifier. Use 'last' or 'all'")
+            raise ContractError(
+                "logits='loglik' is for language models; this model is a classifier. Use 'last' or 'all'"
+            )
         if max_segments is None and overflow != "error":
             raise ContractError(f"overflow={overflow!r} without max_segments says nothing; pass max_segments too")
         return cls(alignment, logits, None if max_segments is None else Limit(max_segments, overflow))
@@ -54,6 +54,7 @@ def open_tracks(
 ) -> tuple[list[Track], bool]:
     """(tracks in the order of the documents, whether a batch came). Errors: TokenError, ContractError, FormatError."""
     documents, batch = ([tokens], False) if isinstance(tokens, str) else split_batch(tokens)
+    _distinct(documents)
     states = _one_each(state, len(documents), batch, "state")
     lengths = _one_each(length, len(documents), batch, "length")
     tracks = []
@@ -75,6 +76,17 @@ def _track(row: int, document: Document, reading: Reading, begin: State, spec: S
         dropped = f" after dropping the ids {list(spec.dropped_ids)}" if spec.dropped_ids else ""
         raise TokenError(f"{document.where} is empty: it has no token{dropped}. Leave it out, or give it at least one")
     return Track(row, document, cut(length, spec.segment_length, reading.alignment), reading.alignment, begin, limit)
+
+
+def _distinct(documents: list[Any]) -> None:
+    """An iterator that stands for two documents would deal its tokens out between them."""
+    first: dict[int, int] = {}
+    for row, document in enumerate(documents):
+        if isinstance(document, Iterator) and first.setdefault(id(document), row) != row:
+            raise TokenError(
+                f"documents {first[id(document)]} and {row} of the batch are one and the same iterator, which gives its "
+                f"tokens once only. Pass an iterator for each, or a list"
+            )
 
 
 def _apply(limit: Limit, document: Document, length: int | None, segment_length: int) -> int:
@@ -116,5 +128,7 @@ def _one_each(values: Any, count: int, batch: bool, name: str) -> list[Any]:
         return [values] * count
     if not isinstance(values, (list, tuple)) or len(values) != count:
         came = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
-        raise ContractError(f"{name} of a batch of {count} documents is {came}; expected a list of {count}, None where unset")
+        raise ContractError(
+            f"{name} of a batch of {count} documents is {came}; expected a list of {count}, None where unset"
+        )
     return list(values)

@@ -28,7 +28,13 @@ def export(folder: Path) -> Path:
     """Runs rmt-export, in a process of its own: the runtime's memory below is then the runtime's alone."""
     bundle = folder / "memorize.rmt"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [str(Path(sys.executable).with_name("rmt-export")), str(HERE / "model.pt"), "-o", str(bundle), "--overwrite"]
+    command = [
+        str(Path(sys.executable).with_name("rmt-export")),
+        str(HERE / "model.pt"),
+        "-o",
+        str(bundle),
+        "--overwrite",
+    ]
     subprocess.run(command, check=True)
     return bundle
 
@@ -49,7 +55,7 @@ def ask(runtime: RMTRuntime, questions: list[Question], console: Console) -> int
             bars.update(task, completed=tokens, rate=rate)
     seconds = time.perf_counter() - started
     right = 0
-    for question, label in zip(questions, stream.result.labels, strict=True):
+    for question, label in zip(questions, [result.label for result in stream.results], strict=True):
         right += label == question.answer
         mark = "right" if label == question.answer else f"WRONG, it is {question.answer}"
         console.print(f"  token {question.position:>7,} of {question.length:,}: {question.fact:38} {question.question:20} "

@@ -21,20 +21,28 @@ LABELS = {"load": "reading the checkpoint", "export": "exporting the segment ste
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="model.pt, or a checkpoint as the published RMT trainers write it.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The bundle to write. [default: MODEL's name.rmt]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The bundle to write. [default: MODEL's name.rmt]")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Backbone config.json, or a folder that holds one.")] = None,
-    input_size: Annotated[int | None, typer.Option(help="Form E: positions of a full segment, all counted (512).")] = None,
+    input_size: Annotated[
+        int | None, typer.Option(help="Form E: positions of a full segment, all counted (512).")
+    ] = None,
     segment_size: Annotated[int | None, typer.Option(help="Form D: text tokens of a segment.")] = None,
     alignment: Annotated[str | None, typer.Option(help="left, right or center: which segment may be short.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, or a folder that holds one.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="alpha of the LoRA weights in the checkpoint.")] = None,
     drop_ids: Annotated[str | None, typer.Option(help="Ids dropped from documents: 0,101,102; '' for none.")] = None,
-    max_segments: Annotated[int | None, typer.Option(help="Segments it was trained on; a record, never a limit.")] = None,
+    max_segments: Annotated[
+        int | None, typer.Option(help="Segments it was trained on; a record, never a limit.")
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="Names of the classes in order: no,yes.")] = None,
     segments: Annotated[int, typer.Option(help="Segments that the verification goes through.")] = 16,
     tolerance: Annotated[float | None, typer.Option(help="Largest relative L2 error. [default: 1e-4 for fp32]")] = None,
     accept_drift: Annotated[bool, typer.Option("--accept-drift", help="Keep a bundle that breaches it.")] = False,
-    save_model: Annotated[Path | None, typer.Option(help="Also write the checkpoint as model.pt, flags included.")] = None,
+    save_model: Annotated[
+        Path | None, typer.Option(help="Also write the checkpoint as model.pt, flags included.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that exists.")] = False,
     debug: Debug = False,
     version: Version = False,
@@ -57,13 +65,11 @@ def export(
     screen = console()
     started = time.perf_counter()
     flags = LoadOptions(
-        config=config, input_size=input_size, segment_size=segment_size, alignment=alignment,  # type: ignore[arg-type]
+        config=config, input_size=input_size, segment_size=segment_size, alignment=alignment,
         tokenizer=tokenizer, lora_alpha=lora_alpha, drop_ids=whole_numbers(drop_ids), max_segments=max_segments,
         labels=None if labels is None else tuple(labels.split(",")),
     )  # fmt: skip
-    options = ExportOptions(
-        segments=segments, tolerance=tolerance, accept_drift=accept_drift, overwrite=overwrite
-    )
+    options = ExportOptions(segments=segments, tolerance=tolerance, accept_drift=accept_drift, overwrite=overwrite)
     with stage_progress(screen) as bars:
         tasks: dict[str, Any] = {"load": bars.add_task(LABELS["load"], total=1)}
 

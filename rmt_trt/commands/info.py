@@ -54,7 +54,9 @@ def _spec_table(source: Source) -> Table:
     spec = source.spec
     table = Table(title=str(source.path), title_justify="left", show_header=False)
     states = ", ".join(f"{s.input} -> {s.output} {tuple(s.shape)} {s.dtype}" for s in spec.states)
-    logits = f"{spec.num_logits} classes" if spec.logits == "classifier" else f"language model, {spec.num_logits} tokens"
+    logits = (
+        f"{spec.num_logits} classes" if spec.logits == "classifier" else f"language model, {spec.num_logits} tokens"
+    )
     rows = {
         "form": f"{spec.form}, {logits}",
         "segment": f"{spec.segment_length} text tokens, alignment {spec.alignment}",
@@ -72,7 +74,9 @@ def _spec_table(source: Source) -> Table:
 
 def _files_table(bundle: Bundle) -> Table:
     manifest = bundle.manifest
-    graphs = {g.file: f"graph: {g.role}, {g.engine}, {g.dtype}, head {g.head}, opset {g.opset}" for g in manifest.graphs}
+    graphs = {
+        g.file: f"graph: {g.role}, {g.engine}, {g.dtype}, head {g.head}, opset {g.opset}" for g in manifest.graphs
+    }
     made_by = ", ".join(f"{name} {version}" for name, version in manifest.made_by.items())
     table = Table(title="files", title_justify="left", caption=f"made by {made_by}", caption_justify="left")
     table.add_column("file")

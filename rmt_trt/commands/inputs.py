@@ -85,7 +85,9 @@ def _numbers(text: str, path: Path) -> np.ndarray:
     try:
         return np.array(list(map(int, words)), np.int64)
     except (ValueError, OverflowError) as err:
-        raise FormatError(f"{_name(path)}: {err}; expected whole numbers between spaces. For text, leave out --ids") from err
+        raise FormatError(
+            f"{_name(path)}: {err}; expected whole numbers between spaces. For text, leave out --ids"
+        ) from err
 
 
 def _skipped(pieces: Iterator[np.ndarray], skip: int) -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command
 from rmt_trt.commands.inputs import STDIN, read_input
-from rmt_trt.errors import ContractError, FormatError
+from rmt_trt.errors import ContractError
 from rmt_trt.files import write_file
 from rmt_trt.runtime import BatchResult, RMTRuntime, RunResult, Stream
 
@@ -37,7 +37,9 @@ def run(
     logits: Annotated[str, typer.Option(help="last, all, none; loglik for a language model.")] = "last",
     max_segments: Annotated[int | None, typer.Option(help="A limit of your own.")] = None,
     overflow: Annotated[str, typer.Option(help="Beyond the limit: error, or keep the head or tail.")] = "error",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write .json or .npz. [default: JSON, printed]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write .json or .npz. [default: JSON, printed]")
+    ] = None,
     save_state: Annotated[Path | None, typer.Option(help="Save the state here, also when interrupted.")] = None,
     load_state: Annotated[Path | None, typer.Option(help="Go on from a saved state.")] = None,
     skip: Annotated[int, typer.Option(min=0, help="Pass over this many tokens of INPUT.")] = 0,
@@ -63,7 +65,7 @@ def run(
         state = None if load_state is None else runtime.load_state(load_state)
         keep = out is not None and out.suffix == ".npz"
         stream = runtime.stream(
-            tokens, state, alignment=alignment, logits=logits, max_segments=max_segments,  # type: ignore[arg-type]
+            tokens, state, alignment=alignment, logits=logits, max_segments=max_segments,
             overflow=overflow, keep=keep,
         )  # fmt: skip
         started = time.perf_counter()
@@ -86,10 +88,9 @@ def _drive(stream: Stream, screen: Console, total: int | None) -> None:
     with Progress(*columns, console=screen, disable=not screen.is_terminal, refresh_per_second=4) as bars:
         task = bars.add_task("running", total=total, rate="")
         started = shown = time.perf_counter()
-        tokens = segments = 0
-        for piece in stream:
+        tokens = 0
+        for segments, piece in enumerate(stream, 1):
             tokens += piece.stop - piece.start
-            segments += 1
             if (now := time.perf_counter()) - shown >= 0.25:
                 shown = now
                 rate = f"{tokens / (now - started):,.0f} tokens/s, {segments:,} segments, {peak_memory_mb():,.0f} MB"
@@ -103,7 +104,9 @@ def _total(tokens: Any) -> int | None:
 
 def _save(stream: Stream, path: Path) -> None:
     if isinstance(stream.state, list):
-        raise ContractError(f"--save-state {path} goes with one document, not with a batch; save states from Python instead")
+        raise ContractError(
+            f"--save-state {path} goes with one document, not with a batch; save states from Python instead"
+        )
     stream.state.save(path)
 
 
@@ -159,9 +162,11 @@ def _write(result: RunResult | BatchResult, out: Path | None, facts: dict[str, A
         for index, one in enumerate(result if isinstance(result, BatchResult) else [result]):
             mark = f"_{index}" if isinstance(result, BatchResult) else ""
             arrays |= {f"{name}{mark}": value for name, value in one.states.items()}
-            arrays |= {f"{name}{mark}": value for name in ("logits", "loglik") if (value := getattr(one, name)) is not None}
+            arrays |= {
+                f"{name}{mark}": value for name in ("logits", "loglik") if (value := getattr(one, name)) is not None
+            }
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez(buffer, allow_pickle=False, **arrays)
         write_file(out, buffer.getvalue())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -195,13 +196,14 @@ def _check_zip(file: Path) -> None:
 
 def _load_pickle(file: Path, mmap: bool) -> Any:
     try:
-        with torch.serialization.safe_globals(NUMBERS):
+        with torch.serialization.safe_globals(NUMBERS), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols, for files that are refused anyhow
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as err:
         raise _refused_pickle(file, str(err)) from None
-    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as err:
+    except Exception as err:  # whatever torch's readers make of damaged bytes: RuntimeError, AssertionError, ...
         lines = str(err).strip().splitlines() or [type(err).__name__]
-        raise FormatError(f"{file} is damaged or cut short ({lines[0]}); copy or download it again") from err
+        raise FormatError(f"{file} is damaged or cut short ({names_of(lines[:1])}); copy or download it again") from err
 
 
 def _refused_pickle(file: Path, reason: str) -> FormatError:

@@ -59,7 +59,8 @@ def sentences(draws: Draws, count: int) -> np.ndarray:
     first, size = cells[..., 0].ravel(), cells[..., 1].ravel()
     used = size > 0
     first, size = first[used], size[used]
-    return (first + draws.below(size, len(size))).astype(np.int64)
+    ids: np.ndarray = (first + draws.below(size, len(size))).astype(np.int64)
+    return ids
 
 
 @dataclass(frozen=True)

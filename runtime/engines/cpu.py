@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
-from rmt_trt.errors import ContractError, EngineError, FormatError, require
+from rmt_trt.errors import EngineError, FormatError, require
+from rmt_trt.initial_state import SPEC_KEY, spec_from_metadata
 
 if TYPE_CHECKING:
     from rmt_trt.runtime.source import Source
@@ -39,8 +40,14 @@ def open_engine(source: Source, dtype: str, device: int, threads: int | None) ->
         entry = source.bundle.graph(NAME, dtype)
         if entry is None:
             raise EngineError(f"{source.path} holds no {dtype} graph for the CPU engine")
-        return CPUEngine(open_session(source.bundle.graph_path(entry), threads), source.spec)
-    return CPUEngine(source.session or open_session(source.path, threads), source.spec)
+        path = source.bundle.graph_path(entry)
+        session = open_session(path, threads)
+    else:
+        path = source.path
+        # The session through which the spec was read took the default number of threads.
+        session = source.session if source.session is not None and threads is None else open_session(path, threads)
+    check_signature(session, source.spec, path)
+    return CPUEngine(session, source.spec)
 
 
 def open_session(path: Path, threads: int | None = None) -> Any:
@@ -52,8 +59,6 @@ def open_session(path: Path, threads: int | None = None) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     if threads is not None:
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise ContractError(f"threads is {threads!r}; expected a whole number of at least 1")
         options.intra_op_num_threads = threads
     if not path.is_file():
         raise FormatError(f"{path} is no file; expected an ONNX graph")
@@ -74,7 +79,6 @@ class CPUEngine:
 
     def __init__(self, session: Any, spec: StepSpec) -> None:
         ort = require("onnxruntime", "cpu", "the CPU engine")
-        check_signature(session, spec)
         self._session = session
         self._spec = spec
         self._states = [state.output for state in spec.states]
@@ -83,7 +87,9 @@ class CPUEngine:
         self._without_logits.only_execute_path_to_fetches = True
 
     def load(self, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-        return tuple(np.ascontiguousarray(value, spec.dtype) for value, spec in zip(states, self._spec.states, strict=True))
+        return tuple(
+            np.ascontiguousarray(value, spec.dtype) for value, spec in zip(states, self._spec.states, strict=True)
+        )
 
     def fetch(self, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
         return tuple(value.copy() for value in states)
@@ -107,26 +113,39 @@ class CPUEngine:
         self._session = None
 
 
-def check_signature(session: Any, spec: StepSpec) -> None:
-    """Compares the graph's inputs and outputs with the spec. Errors: FormatError, naming what differs."""
+def check_signature(session: Any, spec: StepSpec, path: Path) -> None:
+    """Compares the graph's inputs and outputs, and the spec that it carries, with the spec.
+
+    Errors: FormatError, naming what differs.
+    """
     types = {"float32": "tensor(float)", "float16": "tensor(float16)"}
-    wanted = {SEGMENT: ("tensor(int64)", 2, ())}
+    wanted: dict[str, tuple[str, int, tuple[int, ...]]] = {SEGMENT: ("tensor(int64)", 2, ())}
     for state in spec.states:
         for name in (state.input, state.output):
             wanted[name] = (types[state.dtype], 1 + len(state.shape), state.shape)
     wanted[LOGITS] = ("tensor(float)", 2 if spec.logits == "classifier" else 3, (spec.num_logits,))
     found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
     if set(found) != set(wanted):
-        raise FormatError(f"the graph has the inputs and outputs {sorted(found)}; its spec says {sorted(wanted)}")
+        raise FormatError(
+            f"{path}: the graph has the inputs and outputs {sorted(found)}; its spec says {sorted(wanted)}. Export it again"
+        )
     for name, (dtype, rank, trailing) in wanted.items():
         value = found[name]
         shape = tuple(value.shape)
         fixed = shape[len(shape) - len(trailing) :]
-        fits = all(isinstance(size, str) or size is None or size == want for size, want in zip(fixed, trailing, strict=True))
-        if value.type != dtype or len(shape) != rank or not fits:
+        fits = len(shape) == rank and all(
+            isinstance(size, str) or size is None or size == want for size, want in zip(fixed, trailing, strict=True)
+        )
+        if value.type != dtype or not fits:
             raise FormatError(
-                f"the graph's '{name}' is {value.type} of shape {shape}; its spec says {dtype} of rank {rank} ending in {trailing}"
+                f"{path}: the graph's '{name}' is {value.type} of shape {shape}; its spec says {dtype} of rank {rank} "
+                f"ending in {trailing}. Export it again"
             )
+    metadata = session.get_modelmeta().custom_metadata_map
+    if SPEC_KEY in metadata and spec_from_metadata(metadata, str(path)) != spec:
+        raise FormatError(
+            f"{path}: the graph carries another step spec than the bundle's manifest. Copy the bundle again"
+        )
 
 
 def _one_line(err: Exception) -> str:

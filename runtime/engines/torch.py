@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rmt_trt.contract import StepSpec
-from rmt_trt.errors import ContractError, EngineError
+from rmt_trt.errors import EngineError
 
 if TYPE_CHECKING:
     from rmt_trt.runtime.source import Source
@@ -27,12 +27,10 @@ def refusal(source: Source, dtype: str, device: int) -> str | None:
 
 
 def open_engine(source: Source, dtype: str, device: int, threads: int | None) -> TorchEngine:
-    """Errors: EngineError, when the source holds no model; ContractError for a thread count below 1."""
+    """Errors: EngineError, when the source holds no model."""
     if source.model is None:
         raise EngineError(f"{source.path} holds no PyTorch model")
     if threads is not None:
-        if threads < 1:
-            raise ContractError(f"threads is {threads!r}; expected a whole number of at least 1")
         torch.set_num_threads(threads)
     return TorchEngine(source.model, source.spec)
 
