@@ -92,7 +92,8 @@ def source(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Sour
         backbone = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for tensor in backbone.parameters():
-            tensor.copy_(torch.randn_like(tensor) * (0.4 if tensor.ndim > 1 else 0.1) + (tensor.ndim == 1))
+            scale = 0.1 if tensor.ndim == 1 else 0.4 if kind in ENCODERS else 0.25  # beyond, decoders turn chaotic
+            tensor.copy_(torch.randn_like(tensor) * scale + (tensor.ndim == 1))
     backbone = backbone.to(dtype)
     state = {key: tensor.detach().clone() for key, tensor in backbone.state_dict().items()}
     if kind in DECODERS:

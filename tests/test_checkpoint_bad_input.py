@@ -298,10 +298,10 @@ def test_files_given_by_flag_must_be_what_they_should(tmp_path: Path) -> None:
     made = checkpoints.source("bert")
     file = checkpoints.write(tmp_path / "run", made.state, ".bin")
     config = checkpoints.write_config(tmp_path / "backbone", made)
-    with pytest.raises(ContractError, match="there is no such file, and no config.json in such a folder"):
+    with pytest.raises(ContractError, match=r"there is no such file, and no config\.json in such a folder"):
         load_model(file, LoadOptions(config=tmp_path / "nowhere", input_size=INPUT_SIZE))
     (tmp_path / "args.json").write_text('{"input_size": 24}')
-    with pytest.raises(ContractError, match="not the config.json of a Hugging Face model"):
+    with pytest.raises(ContractError, match=r"not the config\.json of a Hugging Face model"):
         load_model(file, LoadOptions(config=tmp_path / "args.json", input_size=INPUT_SIZE))
     with pytest.raises(FormatError, match=r"tokenizer\.json cannot be read"):
         load_model(file, LoadOptions(config=config, input_size=INPUT_SIZE, tokenizer=tmp_path))
