@@ -22,11 +22,12 @@ import rmt_trt
 from rmt_trt import initial_state
 from rmt_trt.contract import DTYPES, ENGINES, StepSpec
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.files import atomic_file, atomic_folder, read_bounded, read_json, sha256, write_file
+from rmt_trt.files import atomic_file, atomic_folder, checked_path, read_bounded, read_json, sha256, write_file
 
 FORMAT = "rmt-trt-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 STEP = "step.onnx"
 INITIAL = "initial_state.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -38,6 +39,7 @@ MANIFEST_LIMIT = 16 << 20
 TOKENIZER_LIMIT = 256 << 20
 FILE_LIMIT = 1 << 42
 MAX_FILES = 4096
+MAX_NAME = 255
 LOCK_SECONDS = 60
 
 
@@ -62,6 +64,14 @@ class GraphEntry:
     data: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.file, str) or not isinstance(self.data, (tuple, list)):
+            raise FormatError(
+                f"graph {self.file!r}: its file and data are {self.data!r}; expected a name and a list of names"
+            )
+        if not all(isinstance(name, str) for name in self.data):
+            raise FormatError(f"graph {self.file!r}: data is {self.data!r}; expected names of files")
+        if isinstance(self.opset, bool) or not isinstance(self.opset, int) or not 0 <= self.opset <= 1 << 16:
+            raise FormatError(f"graph {self.file!r}: opset is {self.opset!r}; expected a whole number")
         object.__setattr__(self, "data", tuple(self.data))
         allowed = {"role": ROLES, "engine": ENGINES, "dtype": DTYPES, "head": HEADS}
         for name, values in allowed.items():
@@ -90,31 +100,42 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: object, where: Path) -> Manifest:
-        """Checks every field. Errors: FormatError, ContractError, naming the file `where` it stands."""
+        """Checks every field. Errors: FormatError, naming the file `where` it stands."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise FormatError(f'{where} is no manifest of an rmt-trt bundle (no "format": "{FORMAT}")')
-        if value.get("format_version") != FORMAT_VERSION:
             raise FormatError(
-                f"{where} has format version {value.get('format_version')!r}; this rmt-trt {rmt_trt.__version__} reads "
+                f'{where} is no manifest of an rmt-trt bundle (no "format": "{FORMAT}"). Export the model with rmt-export'
+            )
+        version = value.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise FormatError(
+                f"{where} has format version {version!r}; this rmt-trt {rmt_trt.__version__} reads "
                 f"version {FORMAT_VERSION}. Update rmt-trt, or export the model again"
             )
-        unknown = sorted(set(value) - {f.name for f in fields(cls)})
-        if unknown:
-            raise FormatError(f"{where} has unknown fields {unknown}; it is altered or of another version")
+        _known(value, cls, str(where))
+        missing = sorted({"files", "graphs", "spec"} - set(value))
+        if missing:
+            raise FormatError(f"{where} lacks {missing}; it was cut or altered. Export the model again")
+        for name, kind in _KINDS.items():
+            if name in value and not isinstance(value[name], kind):
+                raise FormatError(
+                    f"{where}: '{name}' is {type(value[name]).__name__}; the file was altered. Copy it again"
+                )
+        if len(value["files"]) > MAX_FILES or len(value["graphs"]) > MAX_FILES:
+            raise FormatError(f"{where} names more than {MAX_FILES} files or graphs; no bundle has as many")
+        files = {_safe_name(name, where): _file_entry(name, entry, where) for name, entry in value["files"].items()}
         try:
-            files = {_safe_name(name, where): _file_entry(name, entry, where) for name, entry in value["files"].items()}
-            graphs = tuple(GraphEntry(**graph) for graph in value["graphs"])
+            graphs = tuple(GraphEntry(**_known(graph, GraphEntry, "a graph")) for graph in value["graphs"])
             spec = StepSpec.from_json(value["spec"])
-            rest = {key: value[key] for key in ("made_by", "source", "model", "verification") if key in value}
-        except (KeyError, TypeError, AttributeError) as err:
-            raise FormatError(f"{where} is incomplete or malformed: {err!r}. Export the model again") from err
-        if len(files) > MAX_FILES:
-            raise FormatError(f"{where} names {len(files)} files; at most {MAX_FILES} are read")
+        except (FormatError, ContractError, TypeError) as err:
+            raise FormatError(f"{where}: {err}") from err
+        rest = {key: value[key] for key in ("made_by", "source", "model", "verification") if key in value}
         for name in (INITIAL, *(name for graph in graphs for name in (graph.file, *graph.data))):
             if name not in files:
-                raise FormatError(f"{where} uses the file {name!r} without stating its size and hash")
+                raise FormatError(
+                    f"{where} uses the file {name!r} without stating its size and hash. Export the model again"
+                )
         if not any(graph.role == "step" for graph in graphs):
-            raise FormatError(f"{where} names no graph with role 'step'")
+            raise FormatError(f"{where} names no graph with role 'step'. Export the model again")
         return cls(spec=spec, graphs=graphs, files=files, **rest)
 
 
@@ -125,10 +146,12 @@ class Bundle:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = checked_path(path)
         if not self.path.is_dir():
             raise FormatError(f"{self.path} is no folder; expected a bundle written by rmt-export")
         where = self.path / MANIFEST
+        if where.is_symlink():
+            raise FormatError(f"{where} is a link, and a bundle holds its own files. Copy the whole folder again")
         self.manifest = Manifest.from_json(read_json(where, MANIFEST_LIMIT, "a bundle's manifest"), where)
         self._checked: set[str] = set()
 
@@ -214,22 +237,38 @@ def add_file(path: Path, name: str, source: Path, graph: GraphEntry | None = Non
     `graph` lists it as a graph; `changes` replace fields of the manifest. Errors: FormatError.
     """
     _safe_name(name, path)
+    if not path.is_dir() or not source.is_file():
+        raise FormatError(f"cannot add {source} to {path}: expected a file and a bundle. Check both paths")
     try:
-        with filelock.FileLock(path / ".lock", timeout=LOCK_SECONDS):
-            bundle = Bundle(path)
+        with filelock.FileLock(path / LOCK, timeout=LOCK_SECONDS):
+            old = Bundle(path).manifest
+            if name in old.files:
+                # A run that dies in between must not leave a file that its manifest contradicts.
+                old = _without(old, name, path)
+                write_file(path / MANIFEST, old.to_json().encode())
             target = path / name
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(target) as temporary, source.open("rb") as reader, temporary.open("wb") as writer:
                 while block := reader.read(1 << 20):
                     writer.write(block)
-            old = bundle.manifest
-            graphs = tuple(g for g in old.graphs if g.file != name) + ((graph,) if graph else ())
             files = {**old.files, name: FileEntry(target.stat().st_size, sha256(target))}
+            graphs = (*old.graphs, graph) if graph else old.graphs
             manifest = replace(old, files=files, graphs=graphs, **changes)
             write_file(path / MANIFEST, manifest.to_json().encode())
     except filelock.Timeout as err:
         raise FormatError(f"{path} is being written by another process; try again when it is done") from err
+    except OSError as err:
+        raise FormatError(f"cannot add {name} to {path}: {err.strerror or err}. The bundle is what it was") from err
     return Bundle(path)
+
+
+def _without(manifest: Manifest, name: str, where: Path) -> Manifest:
+    """The manifest without a file and the graphs that read it."""
+    graphs = tuple(graph for graph in manifest.graphs if name not in (graph.file, *graph.data))
+    if name == INITIAL or not any(graph.role == "step" for graph in graphs):
+        raise FormatError(f"{where} cannot do without {name}, so it is not replaced there. Export the model again")
+    files = {other: entry for other, entry in manifest.files.items() if other != name}
+    return replace(manifest, files=files, graphs=graphs)
 
 
 def made_by(**versions: str) -> dict[str, str]:
@@ -237,15 +276,41 @@ def made_by(**versions: str) -> dict[str, str]:
     return {"rmt_trt": rmt_trt.__version__, "python": platform.python_version(), **versions}
 
 
+# JSON types of the manifest's fields.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "files": dict, "graphs": list, "spec": dict, "made_by": dict, "source": dict, "model": (dict, type(None)),
+    "verification": dict,
+}  # fmt: skip
+
+
+def _known(value: Any, cls: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FormatError(f"{what} is {type(value).__name__}; expected a JSON object")
+    unknown = sorted(set(value) - {f.name for f in fields(cls)})
+    if unknown:
+        raise FormatError(f"{what} has unknown fields {unknown}; it was altered, or written by a newer rmt-trt")
+    return value
+
+
 def _safe_name(name: object, where: Path) -> str:
+    """A name as this project writes it: relative, in one spelling only, and none of the bundle's own."""
     path = PurePosixPath(name) if isinstance(name, str) else None
-    if path is None or not name or path.is_absolute() or ".." in path.parts or "\\" in str(name) or ":" in str(name):
-        raise FormatError(f"{where} names the file {name!r}; only relative paths inside the bundle are read")
-    return str(name)
+    if (
+        path is None
+        or path.is_absolute()
+        or str(path) != name
+        or name in (".", MANIFEST, LOCK)
+        or ".." in path.parts
+        or any(c in "\\:" or not c.isprintable() for c in name)
+        or len(name.encode()) > MAX_NAME
+    ):
+        raise FormatError(f"{where} names the file {name!r:.80}; only relative paths inside the bundle are read")
+    return name
 
 
 def _file_entry(name: str, entry: Any, where: Path) -> FileEntry:
-    size, digest = entry["size"], entry["sha256"]
+    entry = _known(entry, FileEntry, f"{where}: file {name!r}")
+    size, digest = entry.get("size"), entry.get("sha256")
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= FILE_LIMIT:
         raise FormatError(f"{where}: file {name!r} claims {size!r} bytes; expected a whole number up to {FILE_LIMIT}")
     if not isinstance(digest, str) or len(digest) != 64:

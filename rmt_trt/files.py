@@ -29,7 +29,9 @@ def check_target(path: Path) -> None:
         if path.exists() and not path.is_file():
             raise FormatError(f"{path} is no regular file; it is not replaced. Choose another name")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise FormatError(f"cannot write {path}: {path.parent} is no folder that can be written. Choose another place")
+            raise FormatError(
+                f"cannot write {path}: {path.parent} is no folder that can be written. Choose another place"
+            )
     except OSError as err:
         raise _cannot_write(path, err) from err
 
@@ -48,7 +50,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
+        sync_folder(path.parent)
     except OSError as err:
         raise _cannot_write(path, err) from err
     finally:
@@ -68,6 +70,7 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         raise FormatError(f"{path} exists already. Choose another name (-o), or replace it with --overwrite")
     if overwrite and path.exists() and not (path / "manifest.json").is_file():
         raise FormatError(f"{path} exists and is not a bundle; it is not replaced. Choose another name (-o)")
+    path = path.resolve() if path.is_symlink() else path
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as err:
@@ -79,12 +82,17 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
             sync(name)
         if path.exists():
             retired = temporary.with_suffix(".old")
-            os.rename(path, retired)
-            os.rename(temporary, path)
+            try:
+                os.rename(path, retired)
+                os.rename(temporary, path)
+            except BaseException:  # Ctrl-C too: what was there is put back
+                if not os.path.lexists(path):
+                    os.rename(retired, path)
+                raise
             shutil.rmtree(retired, ignore_errors=True)
         else:
             os.rename(temporary, path)
-        sync(path.parent)
+        sync_folder(path.parent)
     except OSError as err:
         raise _cannot_write(path, err) from err
     finally:
@@ -127,12 +135,18 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or a folder's list of names, to the disk."""
+    """Flushes a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder's list of names, where the file system can."""
+    with contextlib.suppress(OSError):
+        sync(path)
 
 
 def _cannot_write(path: Path, err: OSError) -> FormatError:

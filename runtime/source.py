@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rmt_trt import initial_state
 from rmt_trt.bundle import MANIFEST, Bundle
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import EngineError, FormatError, require
+from rmt_trt.files import checked_path
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -32,12 +34,15 @@ class Source:
 
 def open_source(path: Path | str) -> Source:
     """Errors: FormatError, when the path is none of the kinds or is damaged; EngineError, when a library is missing."""
-    path = Path(path)
-    if not path.exists():
+    path = checked_path(path)
+    try:
+        path.stat()
+    except (OSError, ValueError) as err:
+        reason = getattr(err, "strerror", None) or err
         raise FormatError(
-            f"{path} does not exist; expected a bundle (NAME.rmt), an ONNX graph or a checkpoint (model.pt)"
-        )
-    if path.is_dir() and (path / MANIFEST).is_file():
+            f"{path} cannot be opened ({reason}); expected a bundle (NAME.rmt), an ONNX graph or a checkpoint (model.pt)"
+        ) from err
+    if path.is_dir() and (path.suffix == ".rmt" or os.path.lexists(path / MANIFEST)):
         bundle = Bundle(path)
         return Source("bundle", path, bundle.spec, bundle.initial(), bundle.tokenizer(), bundle)
     if path.suffix == ".onnx":
