@@ -58,13 +58,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "qwen2": {**_ROTARY, "use_sliding_window": False, "rope_theta": 1000000.0, "tie_word_embeddings": True},
+    # Relatives of the above, which are read and run by the same code.
+    "xlm-roberta": {**_ENCODER, "pad_token_id": 1},
+    "camembert": {**_ENCODER, "pad_token_id": 1},
+    "electra": {**_ENCODER, "embedding_size": 32, "pad_token_id": 0},
+    "mistral": {**_ROTARY, "sliding_window": None, "rope_theta": 10000.0, "tie_word_embeddings": False},
+    "qwen3": {**_ROTARY, "head_dim": 8, "use_sliding_window": False, "tie_word_embeddings": True},
 }
 ENCODERS, DECODERS = ("bert", "roberta", "distilbert"), ("gpt2", "gpt_neox", "llama", "qwen2")
-SPECIAL = {
-    "bert": {"cls_token": 51, "sep_token": 52},
-    "distilbert": {"cls_token": 51, "sep_token": 52},
-    "roberta": {"cls_token": 0, "sep_token": 2, "eos_token": 2, "bos_token": 0},
-}
+MORE_ENCODERS, MORE_DECODERS = ("xlm-roberta", "camembert", "electra"), ("mistral", "qwen3")
+_BERT, _ROBERTA = {"cls_token": 51, "sep_token": 52}, {"cls_token": 0, "sep_token": 2, "eos_token": 2, "bos_token": 0}
+SPECIAL = dict.fromkeys(("bert", "distilbert", "electra"), _BERT) | dict.fromkeys(
+    ("roberta", "xlm-roberta", "camembert"), _ROBERTA
+)
 
 
 @dataclass
@@ -77,6 +83,10 @@ class Source:
     state: dict[str, torch.Tensor]
 
     @property
+    def encoder(self) -> bool:
+        return self.kind in (*ENCODERS, *MORE_ENCODERS)
+
+    @property
     def config(self) -> dict[str, Any]:
         return {**CONFIGS[self.kind], "model_type": self.kind}
 
@@ -85,18 +95,19 @@ def source(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Sour
     """A random model of a kind; weights are scaled so that what the memory holds changes the answer."""
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind])
-    if kind in ENCODERS:
+    encoder = kind in (*ENCODERS, *MORE_ENCODERS)
+    if encoder:
         config.num_labels, config.vocab_size = LABELS, VOCAB + M
         backbone = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     else:
         backbone = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for tensor in backbone.parameters():
-            scale = 0.1 if tensor.ndim == 1 else 0.4 if kind in ENCODERS else 0.25  # beyond, decoders turn chaotic
+            scale = 0.1 if tensor.ndim == 1 else 0.4 if encoder else 0.25  # beyond, decoders turn chaotic
             tensor.copy_(torch.randn_like(tensor) * scale + (tensor.ndim == 1))
     backbone = backbone.to(dtype)
     state = {key: tensor.detach().clone() for key, tensor in backbone.state_dict().items()}
-    if kind in DECODERS:
+    if not encoder:
         memory = torch.randn(M, 32, dtype=dtype)
         if kind == "gpt_neox":  # the head's name before transformers 5, under which checkpoints were published
             state["embed_out.weight"] = state.pop("lm_head.weight")
@@ -113,7 +124,7 @@ def source(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Sour
 def published_run(made: Source, segments: list[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Memory (M, d) and logits after every segment, as the published wrappers compute them."""
     made.backbone.set_attn_implementation("eager")
-    step = _encoder_segment if made.kind in ENCODERS else _decoder_segment
+    step = _encoder_segment if made.encoder else _decoder_segment
     memory, results = made.memory, []
     for text in segments:
         memory, logits = step(made, memory, text)
@@ -122,17 +133,18 @@ def published_run(made: Source, segments: list[list[int]]) -> list[tuple[torch.T
 
 
 def _encoder_segment(made: Source, memory: torch.Tensor, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    cls, sep = SPECIAL[made.kind]["cls_token"], SPECIAL[made.kind]["sep_token"]
+    cls, sep = ([made.state[name].item()] if name in made.state else [] for name in ("cls_token", "sep_token"))
     pad = CONFIGS[made.kind]["pad_token_id"]
-    ids = [cls, *range(VOCAB, VOCAB + M), sep, *text, sep]
+    ids = [*cls, *range(VOCAB, VOCAB + M), *sep, *text, *sep]
     ids = torch.tensor([ids + [pad] * (INPUT_SIZE - len(ids))])
     embeddings = made.backbone.get_input_embeddings()(ids)
-    embeddings[:, 1 : 1 + M] = memory
+    place = slice(len(cls), len(cls) + M)
+    embeddings[:, place] = memory
     mask = torch.ones_like(ids)
     mask[ids == pad] = 0
     extra = {} if made.kind == "distilbert" else {"token_type_ids": torch.zeros_like(ids)}
     out = made.backbone(inputs_embeds=embeddings, attention_mask=mask, output_hidden_states=True, **extra)
-    return out.hidden_states[-1][0, 1 : 1 + M], out.logits[0]
+    return out.hidden_states[-1][0, place], out.logits[0]
 
 
 def _decoder_segment(made: Source, memory: torch.Tensor, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -354,6 +354,7 @@ def test_absurd_configs_are_refused_before_anything_is_built(kind: str, number: 
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is relative_key; only absolute"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is .*; only None is supported"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "asks for windowed attention"),
+        ("electra", {"embedding_size": 16}, "embedding_size is 16 and hidden_size 32; memory needs them equal"),
         ("bert", {"model_type": "mpnet"}, "model_type 'mpnet' is not supported as encoder; supported are bert, "),
         ("gpt2", {"model_type": "bert"}, "model_type 'bert' is not supported as decoder; supported are gpt2, "),
     ],
@@ -361,7 +362,7 @@ def test_absurd_configs_are_refused_before_anything_is_built(kind: str, number: 
 def test_configs_that_are_not_supported_are_refused(kind: str, config: dict[str, Any], message: str) -> None:
     whole = {**checkpoints.CONFIGS[kind], "model_type": kind, **config}
     with pytest.raises(ContractError, match=message):
-        build_backbone("encoder" if kind in ENCODERS else "decoder", whole)
+        build_backbone("decoder" if kind in DECODERS else "encoder", whole)
 
 
 def test_a_config_that_does_not_fit_the_weights_names_what_differs(tmp_path: Path) -> None:

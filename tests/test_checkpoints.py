@@ -15,7 +15,18 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
-from checkpoints import DECODERS, ENCODERS, INPUT_SIZE, LABELS, SEGMENT, SPECIAL, VOCAB, M
+from checkpoints import (
+    DECODERS,
+    ENCODERS,
+    INPUT_SIZE,
+    LABELS,
+    MORE_DECODERS,
+    MORE_ENCODERS,
+    SEGMENT,
+    SPECIAL,
+    VOCAB,
+    M,
+)
 
 from rmt_trt.model.checkpoint import LoadedModel, LoadOptions, load_model, save_model
 from rmt_trt.model.recurrence import recurrence
@@ -26,7 +37,7 @@ TEXT = INPUT_SIZE - M - 3  # text tokens in a segment of form E
 
 def options_for(made: checkpoints.Source, folder: Path, **more: object) -> LoadOptions:
     options = LoadOptions(config=checkpoints.write_config(folder / "backbone", made))
-    if made.kind in ENCODERS:
+    if made.encoder:
         return replace(options, input_size=INPUT_SIZE, **more)
     return replace(options, segment_size=SEGMENT, **more)
 
@@ -74,16 +85,29 @@ def test_form_d_computes_what_the_source_computes(tmp_path: Path, kind: str, con
     assert_same_answers(loaded, made, tokens, [tokens[:10], tokens[10:20], tokens[20:]])
 
 
-@pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])
+@pytest.mark.parametrize("kind", [*ENCODERS, *MORE_ENCODERS, *DECODERS, *MORE_DECODERS])
 def test_the_step_itself_agrees_with_the_source_model(tmp_path: Path, kind: str) -> None:
     made = checkpoints.source(kind)
     model = load(made, tmp_path).model
     text = document(3, 7)
-    ((memory, logits),) = checkpoints.published_run(made, [text])
+    (memory, logits), (memory_after, logits_after) = checkpoints.published_run(made, [text, text])
     with torch.no_grad():
         new_memory, new_logits = model(model.memory[None], torch.tensor([text]))
-    assert relative_error(new_memory[0], memory) < 1e-4
-    assert relative_error(new_logits[0], logits) < 1e-4
+        assert relative_error(new_memory[0], memory) < 1e-4
+        assert relative_error(new_logits[0], logits) < 1e-4
+        new_memory, new_logits = model(memory[None], torch.tensor([text]))
+    assert relative_error(new_memory[0], memory_after) < 1e-4
+    assert relative_error(new_logits[0], logits_after) < 1e-4
+
+
+def test_form_e_without_special_tokens_is_memory_and_text_alone(tmp_path: Path) -> None:
+    made = checkpoints.source("bert")
+    del made.state["cls_token"], made.state["sep_token"]
+    loaded = load(made, tmp_path)
+    size = INPUT_SIZE - M
+    assert (loaded.spec.segment_length, loaded.spec.dropped_ids) == (size, (0,))
+    tokens = document(8, 2 * size)
+    assert_same_answers(loaded, made, tokens, [tokens[:size], tokens[size:]])
 
 
 def test_spec_of_form_e_says_what_the_published_code_does(tmp_path: Path) -> None:
@@ -190,6 +214,7 @@ def test_wrappers_and_prefixes_of_trainers_are_taken_off(tmp_path: Path, wrap: s
 def test_trainer_folder_with_the_numbers_that_trainers_store(tmp_path: Path) -> None:
     made = checkpoints.source("bert")
     run = {
+        "model_type": "encoder",  # the trainer's own argument, not the backbone's
         "model_cls": "modeling_rmt:RMTEncoderForSequenceClassification",
         "from_pretrained": "bert-base-cased",
         "input_size": INPUT_SIZE,

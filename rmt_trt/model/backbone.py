@@ -106,6 +106,11 @@ def hf_config(form: str, config: Mapping[str, Any]) -> Any:
         made = transformers.AutoConfig.for_model(**plain)
     except Exception as err:  # whatever a config class makes of a stranger's values
         raise FormatError(f"transformers cannot read this '{config['model_type']}' config: {err}") from err
+    narrow = getattr(made, "embedding_size", made.hidden_size)  # ELECTRA may project its embeddings
+    if narrow != made.hidden_size:
+        raise ContractError(
+            f"backbone config: embedding_size is {narrow} and hidden_size {made.hidden_size}; memory needs them equal"
+        )
     made._attn_implementation = STEP_ATTENTION
     return made
 
