@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rmt_trt.errors import ContractError, EngineError, FormatError, RMTError
+from rmt_trt.commands.app import Debug, Version, console, new_app, run_command
+from rmt_trt.errors import ContractError, EngineError, FormatError
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MODEL, RESUME, METRICS, LOG = "model.pt", "resume.pt", "metrics.csv", "train.log"
 SAVE_SECONDS = 20.0
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = new_app()
 
 
 @app.command()
@@ -40,20 +40,24 @@ def train(
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     segment_length: Annotated[int, typer.Option(help="Text tokens in a full segment.")] = 128,
     num_memory: Annotated[int, typer.Option(help="Memory vectors.")] = 10,
-    stages: Annotated[str, typer.Option(help="Curriculum: largest number of segments of each stage.")] = "1,2,3,4,5,7",
+    stages: Annotated[
+        str, typer.Option(help="Curriculum: largest number of segments of each stage.")
+    ] = "1,2,3,4,5,7,12",
     threshold: Annotated[float, typer.Option(help="Accuracy that passes a stage, 0 to 1.")] = 0.99,
     patience: Annotated[int, typer.Option(help="Evaluations in a row that must reach it.")] = 2,
-    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 3000,
+    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 800,
     batch: Annotated[int, typer.Option(help="Documents in a step.")] = 256,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Highest learning rate.")] = 5e-4,
-    warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 100,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Highest learning rate.")] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 50,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.01,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    bptt: Annotated[int, typer.Option(help="Last segments that gradients flow through; 0 means all.")] = 0,
-    memory_noise: Annotated[float, typer.Option(help="Noise on the memory between segments, share of its size.")] = 0.0,
+    bptt: Annotated[int, typer.Option(help="Last segments that gradients flow through; 0 means all.")] = 8,
+    memory_noise: Annotated[float, typer.Option(help="Noise on the memory between segments, share of its size.")] = 0.1,
     eval_every: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 25,
     eval_rows: Annotated[int, typer.Option(help="Documents in an evaluation.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of weights and documents.")] = 0,
+    debug: Debug = False,
+    version: Version = False,
 ) -> None:
     """Trains a classifier that reads documents of any length and answers where somebody went.
 
@@ -97,7 +101,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _refuse_changes(context: typer.Context) -> None:
     """With --resume the run's own options hold: a changed one would make another run of it."""
-    free = ("out", "resume", "device", "questions")
+    free = ("out", "resume", "device", "questions", "debug", "version")
     given = [
         "--" + name.replace("_", "-")
         for name in context.params
@@ -125,7 +129,6 @@ def _open(out: Path, options: TrainOptions | None, device: torch.device) -> Run:
 
 def _train(out: Path, run: Run, questions: dict[str, list[Question]]) -> None:
     import torch
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from rmt_trt.model.checkpoint import save_model
@@ -134,10 +137,10 @@ def _train(out: Path, run: Run, questions: dict[str, list[Question]]) -> None:
     from rmt_trt.training.resume import save_run
     from rmt_trt.training.words import tokenizer_json
 
-    console, options = Console(highlight=False, soft_wrap=True), run.options
+    screen, options = console(), run.options
 
     def say(line: str) -> None:
-        console.print(line, markup=False)
+        screen.print(line, markup=False)
         with (out / LOG).open("a", encoding="utf-8") as log:
             log.write(line + "\n")
 
@@ -148,7 +151,7 @@ def _train(out: Path, run: Run, questions: dict[str, list[Question]]) -> None:
     torch.set_float32_matmul_precision("high")
     saved = time.monotonic()
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
             task = progress.add_task("training", total=options.steps, completed=run.step)
             for report in train(run):
                 progress.update(task, completed=run.step)
@@ -194,8 +197,4 @@ def _measure(run: Run, questions: dict[str, list[Question]], say: Callable[[str]
 
 def main() -> None:
     """Console entry point."""
-    try:
-        app()
-    except RMTError as err:
-        print(f"rmt-train: {err}", file=sys.stderr)
-        raise SystemExit(1) from None
+    run_command("rmt-train", app)

@@ -54,7 +54,7 @@ class Draws:
 
 
 def sentences(draws: Draws, count: int) -> np.ndarray:
-    """The ids (n,) int64 of `count` random sentences, one after the other. No name of a person is among them."""
+    """The ids (n,) int64 of `count` random sentences, one after the other: no name, no place."""
     cells = _TABLE[draws.below(len(TEMPLATES), count).astype(np.intp)]
     first, size = cells[..., 0].ravel(), cells[..., 1].ravel()
     used = size > 0

@@ -1,7 +1,7 @@
 """The words of the synthetic tasks: a small closed vocabulary, its tokenizer.json, and ids back to text.
 
 Every class of words is one run of consecutive ids, so that a random word of a class is one multiplication. No word
-stands in two classes, and no name of a person stands in any sentence template.
+stands in two classes.
 """
 
 from __future__ import annotations
@@ -64,14 +64,15 @@ SIZE = {name: len(words) for name, words in CLASSES.items()}
 NAMES, PLACES = CLASSES["name"], CLASSES["place"]
 FULL_STOP = ID["."]
 
-# Noise. Places and the verbs of the facts occur in it on purpose: that a place was named is no answer.
+# Noise. The verbs of the facts occur in it, names and places do not: a model that remembers for thousands of segments
+# must not be misled once, and to tell the place of a fact from others takes much longer training.
 TEMPLATES = (
     "the {quality} {thing} was {manner} {deed} by the {animal} .",
     "the {animal} {manner} {deed} the {quality} {thing} .",
-    "a {quality} {animal} {mover} to the {place} .",
-    "the {animal} {mover} back to the {place} .",
-    "in the {place} there was a {quality} {thing} .",
-    "the {thing} in the {place} was {quality} and {quality} .",
+    "a {quality} {animal} {mover} to the {thing} .",
+    "the {animal} {mover} back to the {thing} .",
+    "near the {thing} there was a {quality} {thing} .",
+    "the {thing} beside the {thing} was {quality} and {quality} .",
     "{manner} , the {animal} {deed} a {thing} behind the {thing} .",
     "the {weather} was very {quality} near the {thing} .",
     "after the {weather} , the {thing} was not {quality} .",
@@ -79,7 +80,7 @@ TEMPLATES = (
     "some {animal} {deed} the {animal} beside the {thing} .",
     "the {thing} of the {animal} was {quality} .",
     "it was said that the {animal} had {deed} the {thing} .",
-    "then the {weather} {mover} over the {thing} and into the {place} .",
+    "then the {weather} {mover} over the {thing} and into the {thing} .",
 )
 
 
