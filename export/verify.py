@@ -83,7 +83,8 @@ class Report:
             )
             raise VerificationError(
                 f"engine '{self.engine}' ({self.dtype}) drifts from the {self.reference} by {self.worst:.1e}, more than "
-                f"{self.tolerance:.1e}, first {where}. Set another limit with --tolerance, or keep it with --accept-drift"
+                f"{self.tolerance:.1e}, first {where}. Set another limit with --tolerance, or keep it with --accept-drift",
+                self.to_json(),
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 
 class RMTError(Exception):
@@ -31,7 +32,14 @@ class EngineError(RMTError, RuntimeError):
 
 
 class VerificationError(RMTError, ArithmeticError):
-    """A graph or an engine that drifts further from the PyTorch recurrence than its tolerance."""
+    """A graph or an engine that drifts further from the PyTorch recurrence than its tolerance.
+
+    `report` is the whole verification, as `rmt_trt.export.Report.to_json` gives it.
+    """
+
+    def __init__(self, message: str, report: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -11,7 +11,7 @@ import typer
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
 from rmt_trt.commands.report import drift_table
 from rmt_trt.contract import ALIGNMENTS
-from rmt_trt.errors import ContractError, FormatError, require
+from rmt_trt.errors import ContractError, FormatError, VerificationError, require
 
 app = new_app()
 
@@ -80,7 +80,11 @@ def export(
 
         loaded = load_model(model, flags)
         show("load", 1, 1)
-        report = export_model(loaded, target, options, source=model, progress=show)
+        try:
+            report = export_model(loaded, target, options, source=model, progress=show)
+        except VerificationError as err:
+            screen.print(drift_table(err.report))
+            raise
         if save_model is not None:
             write_model(save_model, loaded.model, loaded.tokenizer)
     screen.print(drift_table(report.to_json()))
