@@ -1,16 +1,21 @@
-"""PyTorch: the reference engine, which runs a checkpoint as it is. States are torch tensors on the host."""
+"""PyTorch: the reference engine, which runs a checkpoint as it is. States are torch tensors on the host.
+
+torch is imported in the functions: where it is not installed, `refusal` still has to say that an exported graph is
+nothing for this engine.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import EngineError
 
 if TYPE_CHECKING:
+    import torch
+
     from rmt_trt.runtime.source import Source
 
 NAME = "torch"
@@ -31,6 +36,8 @@ def open_engine(source: Source, dtype: str, device: int, threads: int | None) ->
     if source.model is None:
         raise EngineError(f"{source.path} holds no PyTorch model")
     if threads is not None:
+        import torch
+
         torch.set_num_threads(threads)
     return TorchEngine(source.model, source.spec)
 
@@ -46,19 +53,26 @@ class TorchEngine:
         self._spec = spec
 
     def load(self, states: tuple[np.ndarray, ...]) -> tuple[torch.Tensor, ...]:
+        import torch
+
         return tuple(torch.from_numpy(np.array(value)) for value in states)
 
     def fetch(self, states: tuple[torch.Tensor, ...]) -> tuple[np.ndarray, ...]:
         return tuple(value.numpy().copy() for value in states)
 
     def take(self, states: tuple[torch.Tensor, ...], rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-        return tuple(value[torch.from_numpy(rows)] for value in states)
+        import torch
 
-    @torch.no_grad()
+        index = torch.from_numpy(rows)
+        return tuple(value[index] for value in states)
+
     def step(
         self, states: tuple[torch.Tensor, ...], segment: np.ndarray, logits: bool
     ) -> tuple[tuple[torch.Tensor, ...], np.ndarray | None]:
-        *new, rows = self._step(*states, torch.from_numpy(np.ascontiguousarray(segment)))
+        import torch
+
+        with torch.no_grad():
+            *new, rows = self._step(*states, torch.from_numpy(np.ascontiguousarray(segment)))
         return tuple(new), rows.numpy() if logits else None
 
     def close(self) -> None:
