@@ -18,7 +18,7 @@ from rmt_trt import initial_state
 from rmt_trt.bundle import INITIAL, REPORT, STEP, TOKENIZER, GraphEntry, Manifest, made_by, new_bundle, write_manifest
 from rmt_trt.contract import StepSpec
 from rmt_trt.export.step_to_onnx import EXTERNAL_DATA_BYTES, OPSET, export_step, initial_values
-from rmt_trt.export.verify import Reference, Report, model_reference, step_reference, verify
+from rmt_trt.export.verify import Reference, Report, check_options, model_reference, step_reference, verify
 from rmt_trt.files import sha256
 from rmt_trt.model.checkpoint import LoadedModel
 from rmt_trt.runtime import RMTRuntime
@@ -38,6 +38,9 @@ class ExportOptions:
     overwrite: bool = False
     opset: int = OPSET
     external_data_bytes: int = EXTERNAL_DATA_BYTES
+
+    def __post_init__(self) -> None:
+        check_options(self.segments, self.tolerance)
 
 
 def export_model(

@@ -101,12 +101,11 @@ def verify(
 
     progress is called with (segments done, segments in all). Errors: ContractError for options out of range.
     """
-    if segments < 2:
-        raise ContractError(f"segments is {segments}; expected at least 2, one of which is short")
+    check_options(segments, tolerance)
     spec = runtime.spec
     limit = TOLERANCES.get(runtime.dtype) if tolerance is None else tolerance
-    if limit is None or not limit > 0:
-        raise ContractError(f"tolerance is {limit!r} for {runtime.dtype}; expected a number above 0 (--tolerance)")
+    if limit is None:
+        raise ContractError(f"no tolerance is known for {runtime.dtype}; give one (--tolerance)")
     document = random_document(spec, (segments - 1) * spec.segment_length + max(1, spec.segment_length // 3), seed)
     lengths = sorted({1, max(1, spec.segment_length - 1), spec.segment_length + 1, 2 * spec.segment_length})
     batch = [random_document(spec, length, seed + 1 + i) for i, length in enumerate(lengths)]
@@ -129,6 +128,14 @@ def verify(
         batch_logits=worst[1],
         memory_effect=memory_effect(runtime, document),
     )
+
+
+def check_options(segments: int, tolerance: float | None) -> None:
+    """Errors: ContractError, for a number of segments below 2 or a tolerance that is not above 0."""
+    if isinstance(segments, bool) or not isinstance(segments, int) or segments < 2:
+        raise ContractError(f"segments is {segments!r}; expected at least 2, one of which is short")
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
+        raise ContractError(f"tolerance is {tolerance!r}; expected a number above 0 (--tolerance)")
 
 
 def random_document(spec: StepSpec, length: int, seed: int) -> np.ndarray:
