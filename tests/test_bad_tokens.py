@@ -167,7 +167,9 @@ def test_an_iterator_that_raises_is_chained_and_its_place_named(language: RMTRun
         yield from [[5]] * (after % size)
         raise OSError("the disk is gone")
 
-    with pytest.raises(TokenError, match=rf"raised OSError: the disk is gone after {after} tokens\. .*saved state") as info:
+    with pytest.raises(
+        TokenError, match=rf"raised OSError: the disk is gone after {after} tokens\. .*saved state"
+    ) as info:
         language.run(source())
     assert isinstance(info.value.__cause__, OSError)
 
