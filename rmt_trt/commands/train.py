@@ -15,6 +15,7 @@ from rmt_trt.errors import ContractError, EngineError, FormatError
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from rmt_trt.training.loop import Run
     from rmt_trt.training.options import TrainOptions
@@ -61,7 +62,7 @@ def train(
 ) -> None:
     """Trains a classifier that reads documents of any length and answers where somebody went.
 
-    A run that was stopped goes on with --resume, bit for bit. The result, OUT/model.pt, is what rmt-export takes.
+    A run that was stopped goes on with --resume, on a CPU bit for bit. The result, OUT/model.pt, is what rmt-export takes.
     """
     from rmt_trt.training.options import TrainOptions
     from rmt_trt.training.questions import load_questions
@@ -128,50 +129,63 @@ def _open(out: Path, options: TrainOptions | None, device: torch.device) -> Run:
 
 
 def _train(out: Path, run: Run, questions: dict[str, list[Question]]) -> None:
+    """Trains to the end and measures recall; says so on the screen and in the log."""
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from rmt_trt.model.checkpoint import save_model
-    from rmt_trt.training.loop import train
-    from rmt_trt.training.records import add_metrics, line_of, start_metrics
-    from rmt_trt.training.resume import save_run
-    from rmt_trt.training.words import tokenizer_json
+    from rmt_trt.training.recall import recall
+    from rmt_trt.training.records import start_metrics
 
-    screen, options = console(), run.options
+    screen = console()
 
     def say(line: str) -> None:
         screen.print(line, markup=False)
         with (out / LOG).open("a", encoding="utf-8") as log:
             log.write(line + "\n")
 
-    say(_headline(run))
-    start_metrics(out / METRICS, run.step)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # TF32: the weights need no more than that while they move; what is measured afterwards is full float32.
-    torch.set_float32_matmul_precision("high")
-    saved = time.monotonic()
     try:
-        with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
-            task = progress.add_task("training", total=options.steps, completed=run.step)
-            for report in train(run):
-                progress.update(task, completed=run.step)
-                if report is None:
-                    continue
-                say(line_of(report, len(options.stages)))
-                add_metrics(out / METRICS, report)
-                if time.monotonic() - saved >= SAVE_SECONDS or run.step == options.steps:
-                    save_run(out / RESUME, run)
-                    save_model(out / MODEL, run.model, tokenizer_json())
-                    saved = time.monotonic()
-    except KeyboardInterrupt:
-        held = (out / RESUME).exists()
-        say(f"stopped. {'Go on with --resume' if held else 'Nothing was saved yet'}")
-        raise
-    finally:
+        say(_headline(run))
+        start_metrics(out / METRICS, run.step)
+        # TF32: the weights need no more than that while they move; what is measured afterwards is full float32.
+        torch.set_float32_matmul_precision("high")
+        _steps(out, run, screen, say)
         torch.set_float32_matmul_precision("highest")
-    passed = "all" if run.curriculum.finished(options) else f"{run.curriculum.stage} of {len(options.stages)}"
-    say(f"stages passed: {passed}; {out / MODEL} written, {(out / MODEL).stat().st_size} bytes")
-    _measure(run, questions, say)
+        stages = len(run.options.stages)
+        passed = "all" if run.curriculum.finished(run.options) else f"{run.curriculum.stage} of {stages}"
+        say(f"stages passed: {passed}; {out / MODEL} written, {(out / MODEL).stat().st_size} bytes")
+        for path, group in questions.items():
+            for result in recall(run.model, group):
+                say(f"recall on {path} at {result.segments:5d} segments: {result.right} of {result.questions}")
+    except KeyboardInterrupt:
+        say("stopped. " + ("Go on with --resume" if (out / RESUME).exists() else "Nothing was saved yet"))
+        raise
+    except OSError as err:
+        raise FormatError(f"cannot write to {out}: {err}. Free some space, then go on with --resume") from err
+
+
+def _steps(out: Path, run: Run, screen: Console, say: Callable[[str], None]) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from rmt_trt.model.checkpoint import save_model
+    from rmt_trt.training.loop import train
+    from rmt_trt.training.records import add_metrics, line_of
+    from rmt_trt.training.resume import save_run
+    from rmt_trt.training.words import tokenizer_json
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    saved = time.monotonic()
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        task = progress.add_task("training", total=run.options.steps, completed=run.step)
+        for report in train(run):
+            progress.update(task, completed=run.step)
+            if report is None:
+                continue
+            say(line_of(report, len(run.options.stages)))
+            add_metrics(out / METRICS, report)
+            if time.monotonic() - saved >= SAVE_SECONDS or run.step == run.options.steps:
+                save_model(out / MODEL, run.model, tokenizer_json())
+                save_run(out / RESUME, run)
+                saved = time.monotonic()
+    save_model(out / MODEL, run.model, tokenizer_json())
 
 
 def _headline(run: Run) -> str:
@@ -185,14 +199,6 @@ def _headline(run: Run) -> str:
         f"{'resumed at' if run.step else 'starting at'} step {run.step} of {run.options.steps} on {name}; "
         f"torch {torch.__version__}, transformers {transformers.__version__}; {parameters} parameters; {run.options}"
     )
-
-
-def _measure(run: Run, questions: dict[str, list[Question]], say: Callable[[str], None]) -> None:
-    from rmt_trt.training.recall import recall
-
-    for path, group in questions.items():
-        for result in recall(run.model, group):
-            say(f"recall on {path} at {result.segments:5d} segments: {result.right} of {result.questions}")
 
 
 def main() -> None:

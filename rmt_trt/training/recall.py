@@ -38,13 +38,13 @@ def recall(model: RMTModel, questions: Sequence[Question]) -> Iterator[Recall]:
     for segments in sorted(groups):
         group = groups[segments]
         answers = np.array([PLACES.index(question.answer) for question in group])
-        right = int((answer(model, group) == answers).sum())
+        right = int((answer(model, group).argmax(axis=1) == answers).sum())
         yield Recall(segments, len(group), right)
 
 
 @torch.no_grad()
 def answer(model: RMTModel, questions: Sequence[Question]) -> np.ndarray:
-    """The classes (b,) int64 that the model answers; the documents have equally many segments."""
+    """The last segments' logits (b, c) float32; the documents have equally many segments."""
     device, size = model.memory.device, model.config.segment_length
     memory = model.memory[None].expand(len(questions), -1, -1)
     logits = memory
@@ -52,7 +52,7 @@ def answer(model: RMTModel, questions: Sequence[Question]) -> np.ndarray:
     for block in _blocks(questions, size):
         for segment in torch.split(torch.from_numpy(block).to(device), size, dim=1):
             memory, logits = model(memory, segment)
-    return logits.argmax(dim=1).cpu().numpy()
+    return logits.cpu().numpy()
 
 
 def _blocks(questions: Sequence[Question], size: int) -> Iterator[np.ndarray]:

@@ -1,4 +1,7 @@
-"""The file that a stopped run goes on from, bit for bit: weights, optimizer, random numbers, curriculum, step.
+"""The file that a stopped run goes on from: weights, optimizer, random numbers, curriculum, step.
+
+Nothing else decides a run, so that on a CPU it ends bit for bit as if it had never been stopped; on a GPU the same
+holds as far as a run there repeats itself, since some of its kernels add in an order that varies.
 
 Plain values and tensors, readable with `weights_only=True`; written whole or not at all, so that a run that dies while
 saving keeps the one before.
@@ -47,10 +50,11 @@ def save_run(path: Path, run: Run) -> None:
 def load_run(path: Path, device: torch.device) -> Run:
     """The run that `save_run` wrote, torch's random numbers set to where they were. Errors: FormatError.
 
-    On another kind of device than before it goes on just as well, but not bit for bit.
+    The device may be of another kind than before.
     """
     value = _read(path)
     options = TrainOptions.from_json(value["options"])
+    _check_size(path, options, value["model"])
     run = start(options, device)
     try:
         run.model.load_state_dict(value["model"])
@@ -77,3 +81,12 @@ def _read(path: Path) -> dict[str, Any]:
     if value["format_version"] != FORMAT_VERSION:
         raise FormatError(f"{path} has format version {value['format_version']!r}; expected {FORMAT_VERSION}")
     return value
+
+
+def _check_size(path: Path, options: TrainOptions, weights: object) -> None:
+    """Compares the weights that the options ask for with those in the file, before a model of that size is built."""
+    tensors = [t for t in weights.values() if isinstance(t, torch.Tensor)] if isinstance(weights, dict) else []
+    held = sum(tensor.numel() for tensor in tensors)
+    least = 12 * options.layers * options.width**2
+    if held < least:
+        raise FormatError(f"{path} holds {held} weights; its options ask for more than {least}. The file is damaged")
