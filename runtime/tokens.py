@@ -7,6 +7,7 @@ or of 1-D pieces. A batch is a list of documents or a 2-D array whose rows may e
 from __future__ import annotations
 
 import itertools
+import mmap
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from rmt_trt.contract import MAX_VOCABULARY, StepSpec
 from rmt_trt.errors import RMTError, TokenError
 
-PIECE = 1 << 16  # tokens that are checked at a time: 512 KiB as int64
+PIECE = 1 << 14  # tokens that are checked at a time: 128 KiB as int64
 GATHER = 4096  # ints of an iterator that are taken at a time, at most
 NOTHING = object()
 
@@ -183,7 +184,32 @@ class Document:
 
 
 def _array_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
-    return (array[start : start + PIECE] for start in range(0, len(array), PIECE))
+    mapping = _file_mapping(array)
+    for start in range(0, len(array), PIECE):
+        piece = array[start : start + PIECE]
+        yield piece
+        if mapping is not None:
+            _give_back(mapping, piece)
+
+
+def _file_mapping(array: np.ndarray) -> mmap.mmap | None:
+    """The file mapping of a contiguous memmap whose pages can be read again, or None. In one opened with mode "c" the
+    caller's changes are in the pages alone."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray) and not isinstance(owner, np.memmap):
+        owner = owner.base
+    if owner is None or not array.flags.c_contiguous or getattr(owner, "mode", "c") == "c":
+        return None
+    mapping = getattr(owner, "_mmap", None)
+    return mapping if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
+
+
+def _give_back(mapping: mmap.mmap, piece: np.ndarray) -> None:
+    """Lets go of the pages in front of a piece's end: read pages count as this process's memory until then."""
+    first = piece.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+    start, stop = (place // mmap.PAGESIZE * mmap.PAGESIZE for place in (first, first + piece.nbytes))
+    if stop > start:
+        mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 def _pieces(tokens: Iterable[Any], where: str, wanted: Callable[[], int]) -> Iterator[np.ndarray]:
