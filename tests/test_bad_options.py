@@ -117,7 +117,7 @@ def test_states_of_a_batch_are_one_per_document(language: RMTRuntime, state: Any
 
 @pytest.mark.parametrize("length", [50, [50], [50] * 3])
 def test_lengths_of_a_batch_are_one_per_document(language: RMTRuntime, length: Any) -> None:
-    with pytest.raises(ContractError, match="length of a batch of 2 documents is .*; expected a list of 2"):
+    with pytest.raises(ContractError, match=r"length of a batch of 2 documents is .*; expected a list of 2"):
         language.run([iter(DOCUMENT), iter(DOCUMENT)], length=length)
 
 
