@@ -25,16 +25,17 @@ ROOMS = {
 # Ranges only: a user may have any recent torch. Exact versions that are tested together stand in constraints.txt.
 TEXT = ["tokenizers>=0.20"]
 MODEL = ["torch>=2.9", "transformers>=5.0", *TEXT]
+# ONNX Runtime below 1.24.4 reads external data outside a graph's folder.
 EXTRAS = {
     "text": TEXT,
-    "export": [*MODEL, "onnx>=1.19", "onnxscript>=0.6", "onnxruntime>=1.23"],
-    "cpu": ["onnxruntime>=1.23", *TEXT],
-    "gpu": ["onnxruntime-gpu>=1.23", "cuda-core>=1.0", *TEXT],
+    "export": [*MODEL, "onnx>=1.19", "onnxscript>=0.6", "onnxruntime>=1.24.4"],
+    "cpu": ["onnxruntime>=1.24.4", *TEXT],
+    "gpu": ["onnxruntime-gpu>=1.24.4", "cuda-core>=1.0", *TEXT],
     "tensorrt": ["tensorrt>=10.14", "cuda-core>=1.0", *TEXT],
     "tensorrt-lean": ["tensorrt-lean-cu13>=10.14", "cuda-core>=1.0", *TEXT],
     "tensorrt-rtx": ["tensorrt-rtx>=1.3", "cuda-core>=1.0", *TEXT],
     "train": MODEL,
-    "bench": ["matplotlib>=3.8", "onnxruntime>=1.23"],
+    "bench": ["matplotlib>=3.8", "onnxruntime>=1.24.4"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["export"],

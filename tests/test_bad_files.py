@@ -13,6 +13,7 @@ from typing import Any
 import models
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import safetensors
 import safetensors.numpy
@@ -140,6 +141,16 @@ def test_the_graph_that_these_tests_change_runs(tmp_path: Path) -> None:
     weight = max(onnx.load(models.made("bert").bundle / STEP).graph.initializer, key=lambda value: len(value.raw_data))
     (tmp_path / "beside.data").write_bytes(weight.raw_data)
     assert np.array_equal(run_graph(path).logits, run_graph(models.made("bert").bundle).logits)
+
+
+def test_an_onnx_runtime_that_reads_outside_the_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    with pytest.raises(
+        EngineError, match=r"ONNX Runtime 1\.23\.2 reads external data outside .* pip install 'onnxruntime>="
+    ):
+        run_graph(models.made("bert").bundle)
+    with pytest.raises(EngineError, match=r"ONNX Runtime 1\.23\.2 reads external data outside"):
+        run_graph(models.made("bert").bundle / STEP)
 
 
 @pytest.mark.parametrize("location", ["../secret.data", "/etc/passwd"])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 NAME = "cpu"
 DTYPE = "fp32"
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
+OLDEST = (1, 24, 4)  # 1.23 opens ../ and absolute paths of external data
 
 
 def refusal(source: Source, dtype: str, device: int) -> str | None:
@@ -28,7 +29,7 @@ def refusal(source: Source, dtype: str, device: int) -> str | None:
     if source.bundle is not None and source.bundle.graph(NAME, DTYPE) is None:
         return f"the bundle holds no {DTYPE} graph for it. Export the model again with rmt-export"
     try:
-        require("onnxruntime", "cpu", "the CPU engine")
+        library()
     except EngineError as err:
         return str(err)
     return None
@@ -50,12 +51,25 @@ def open_engine(source: Source, dtype: str, device: int, threads: int | None) ->
     return CPUEngine(session, source.spec)
 
 
+def library() -> Any:
+    """ONNX Runtime. Errors: EngineError, when it is missing or would read any file that a stranger's graph names."""
+    ort = require("onnxruntime", "cpu", "the CPU engine")
+    found = tuple(int(part) for part in ort.__version__.split(".")[:3] if part.isdecimal())
+    if found < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} reads external data outside a graph's folder; {wanted} or newer refuses it. "
+            f"Install it with: pip install 'onnxruntime>={wanted}'"
+        )
+    return ort
+
+
 def open_session(path: Path, threads: int | None = None) -> Any:
     """An ONNX Runtime session on the CPU. ONNX Runtime itself refuses external data outside the graph's folder.
 
     Errors: FormatError, with ONNX Runtime's own words.
     """
-    ort = require("onnxruntime", "cpu", "the CPU engine")
+    ort = library()
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     if threads is not None:
@@ -78,7 +92,7 @@ class CPUEngine:
     dtype = DTYPE
 
     def __init__(self, session: Any, spec: StepSpec) -> None:
-        ort = require("onnxruntime", "cpu", "the CPU engine")
+        ort = library()
         self._session = session
         self._spec = spec
         self._states = [state.output for state in spec.states]
