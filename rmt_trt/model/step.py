@@ -56,9 +56,12 @@ class EncoderStep(nn.Module):
             embed(self.middle_ids)[None].expand(batch, -1, -1),
             embed(ids),
         ]
-        valid = torch.cat([ids.new_ones((batch, start)).bool(), position < count + suffix], dim=1)
+        # Added to the scores, and finite: a mask of truth values would be turned into this again in every layer, and
+        # its rows checked for having no position left, which memory and special tokens rule out.
+        hidden = torch.where(position < count + suffix, 0.0, torch.finfo(dtype).min).to(dtype)
+        bias = torch.cat([hidden.new_zeros((batch, start)), hidden], dim=1)
         out = self.backbone(
-            inputs_embeds=torch.cat(parts, dim=1), attention_mask=valid[:, None, None, :], output_hidden_states=True
+            inputs_embeds=torch.cat(parts, dim=1), attention_mask=bias[:, None, None, :], output_hidden_states=True
         )
         written = out.hidden_states[-1][:, first : first + config.num_memory].to(memory.dtype)
         alive = (count > 0)[:, :, None]
