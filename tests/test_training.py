@@ -116,7 +116,7 @@ def test_training_batches_and_documents_are_read_as_the_reference_recurrence_rea
             parameter.add_(torch.randn_like(parameter) * 0.3)
     for group in (questions[:2], questions[2:5], questions[5:]):
         expected = [list(recurrence(run.model, q.tokens().tolist()))[-1][1] for q in group]
-        assert (torch.stack(expected).std(dim=0) > 0.1).any() or len(group) == 1
+        assert len(group) == 1 or (torch.stack(expected).amax(0) - torch.stack(expected).amin(0)).max() > 0.1
         assert torch.allclose(torch.from_numpy(answer(run.model, group)), torch.stack(expected), atol=1e-4)
 
 
