@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -45,16 +45,30 @@ def run_command(name: str, app: typer.Typer) -> None:
     except RMTError as err:
         if debug:
             raise
-        print(f"{name}: {err}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(name, str(err))
     except BrokenPipeError:  # the reader of our output went away: `rmt-info x | head`
         sys.stderr.close()
         raise SystemExit(1) from None
+    except Exception as err:
+        if debug:
+            raise
+        what = err.strerror if isinstance(err, OSError) and err.strerror else err
+        where = f" ({err.filename})" if isinstance(err, OSError) and err.filename else ""
+        _fail(name, f"{type(err).__name__}: {what}{where}. --debug shows where it happened")
+
+
+def _fail(name: str, message: str) -> NoReturn:
+    """One line, whatever a library or a file's name put into the message."""
+    print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise SystemExit(1) from None
 
 
 def console() -> Console:
-    """Where messages and progress go: standard error, so that standard output holds answers alone."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    """Where messages and progress go: standard error, so that standard output holds answers alone.
+
+    Names come from strangers' files: nothing in them is markup.
+    """
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def stage_progress(where: Console) -> Progress:

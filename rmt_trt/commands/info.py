@@ -33,7 +33,7 @@ def info(
     if as_json:
         print(json.dumps(_as_json(source, refusals), indent=2))
         return
-    screen = Console(highlight=False)
+    screen = Console(highlight=False, markup=False, emoji=False)
     screen.print(_spec_table(source))
     if source.bundle is not None:
         screen.print(_files_table(source.bundle))

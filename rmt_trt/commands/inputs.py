@@ -48,8 +48,12 @@ def read_input(path: Path, ids: bool, skip: int) -> Any:
 def _open_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as err:
-        raise FormatError(f"{path} is no readable .npy array of numbers ({err})") from err
+    except OSError as err:
+        raise FormatError(f"{path} cannot be read: {err.strerror}; expected an .npy array of token ids") from err
+    except (ValueError, EOFError) as err:
+        # numpy's own words advise to unpickle what is no array.
+        reason = "it holds Python objects, or is no .npy file" if "pickle" in str(err) else err
+        raise FormatError(f"{path} is no readable .npy array of numbers ({reason}). Write it with numpy.save") from err
     if not isinstance(array, np.ndarray):
         raise FormatError(f"{path} is an .npz archive or another file; expected one array of token ids")
     return array

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command
-from rmt_trt.commands.inputs import STDIN, read_input
+from rmt_trt.commands.inputs import read_input
 from rmt_trt.errors import ContractError
-from rmt_trt.files import write_file
+from rmt_trt.files import check_target, write_file
 from rmt_trt.runtime import BatchResult, RMTRuntime, RunResult, Stream
 
 app = new_app()
@@ -36,6 +36,7 @@ def run(
     alignment: Annotated[str | None, typer.Option(help="left, right, center. [default: the model's]")] = None,
     logits: Annotated[str, typer.Option(help="last, all, none; loglik for a language model.")] = "last",
     max_segments: Annotated[int | None, typer.Option(help="A limit of your own.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Documents of a batch that are stepped together.")] = 64,
     overflow: Annotated[str, typer.Option(help="Beyond the limit: error, or keep the head or tail.")] = "error",
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write .json or .npz. [default: JSON, printed]")
@@ -52,8 +53,11 @@ def run(
     """
     if out is not None and out.suffix not in (".json", ".npz"):
         raise ContractError(f"--out is {out}; expected a name that ends in .json or .npz")
+    for target in (out, save_state):
+        if target is not None:  # said before the run, not behind it
+            check_target(target)
     screen = console()
-    with RMTRuntime(bundle, engine=engine, dtype=dtype, device=device, threads=threads) as runtime:
+    with RMTRuntime(bundle, engine, dtype, device, threads, max_batch) as runtime:
         if save_state is not None and (alignment or runtime.spec.alignment) != "left":
             raise ContractError(
                 f"--save-state needs --alignment left (the model's own is '{runtime.spec.alignment}'): a document in two "
@@ -68,6 +72,10 @@ def run(
             tokens, state, alignment=alignment, logits=logits, max_segments=max_segments,
             overflow=overflow, keep=keep,
         )  # fmt: skip
+        if save_state is not None and isinstance(stream.state, list):
+            raise ContractError(
+                f"--save-state {save_state} goes with one document, not with a batch; save states from Python instead"
+            )
         started = time.perf_counter()
         try:
             _drive(stream, screen, _total(tokens))
@@ -76,7 +84,7 @@ def run(
             raise SystemExit(130) from None
         result, seconds = stream.result, time.perf_counter() - started
         if save_state is not None:
-            _save(stream, save_state)
+            stream.state.save(save_state)
         _write(result, out, _facts(runtime, result, seconds))
         screen.print(_summary(runtime, result, seconds))
 
@@ -102,22 +110,14 @@ def _total(tokens: Any) -> int | None:
     return int(tokens.size) if isinstance(tokens, np.ndarray) else None
 
 
-def _save(stream: Stream, path: Path) -> None:
-    if isinstance(stream.state, list):
-        raise ContractError(
-            f"--save-state {path} goes with one document, not with a batch; save states from Python instead"
-        )
-    stream.state.save(path)
-
-
 def _say_interrupted(
     stream: Stream, save_state: Path | None, skip: int, load_state: Path | None, runtime: RMTRuntime, screen: Console
 ) -> None:
     if save_state is None:
         screen.print("interrupted; nothing was saved (--save-state FILE would have kept the state)")
         return
-    _save(stream, save_state)
     state = stream.state
+    state.save(save_state)
     before = runtime.load_state(load_state).tokens_read if load_state is not None else 0
     screen.print(
         f"interrupted after {state.position} tokens of the document; the state is in {save_state}. Go on with: "
