@@ -145,7 +145,10 @@ def build_model(config: ModelConfig, weights: dict[str, torch.Tensor] | None = N
 def fingerprint(module: nn.Module, initial: dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a step's weights and its initial state, in sorted order."""
     digest = hashlib.sha256()
-    tensors = {**{f"weight.{k}": v for k, v in module.state_dict().items()}, **{f"state.{k}": v for k, v in initial.items()}}
+    tensors = {
+        **{f"weight.{k}": v for k, v in module.state_dict().items()},
+        **{f"state.{k}": v for k, v in initial.items()},
+    }
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
