@@ -14,6 +14,7 @@ from rich.table import Table
 from rmt_trt.bundle import REPORT, Bundle
 from rmt_trt.commands.app import Debug, Version, new_app, run_command
 from rmt_trt.commands.report import drift_table
+from rmt_trt.errors import FormatError
 from rmt_trt.runtime.engines import PREFERENCE, refusal
 from rmt_trt.runtime.source import Source, open_source
 
@@ -38,8 +39,18 @@ def info(
     if source.bundle is not None:
         screen.print(_files_table(source.bundle))
         if REPORT in source.bundle.manifest.files:
-            screen.print(drift_table(source.bundle.report()))
+            screen.print(_drift_table(source.bundle))
     screen.print(_engine_table(refusals))
+
+
+def _drift_table(bundle: Bundle) -> Table:
+    report = bundle.report()
+    try:
+        return drift_table(report)
+    except (KeyError, IndexError, TypeError, ValueError) as err:  # a stranger's file may hold any JSON
+        raise FormatError(
+            f"{bundle.path / REPORT} is no verification report ({err!r}). Export the model again"
+        ) from err
 
 
 def _as_json(source: Source, refusals: dict[str, str | None]) -> dict[str, Any]:
@@ -68,7 +79,7 @@ def _spec_table(source: Source) -> Table:
         "fingerprint": spec.fingerprint[:16],
     }
     for name, text in rows.items():
-        table.add_row(name, text)
+        table.add_row(name, _printable(text))
     return table
 
 
@@ -77,7 +88,7 @@ def _files_table(bundle: Bundle) -> Table:
     graphs = {
         g.file: f"graph: {g.role}, {g.engine}, {g.dtype}, head {g.head}, opset {g.opset}" for g in manifest.graphs
     }
-    made_by = ", ".join(f"{name} {version}" for name, version in manifest.made_by.items())
+    made_by = ", ".join(_printable(f"{name} {version}") for name, version in manifest.made_by.items())
     table = Table(title="files", title_justify="left", caption=f"made by {made_by}", caption_justify="left")
     table.add_column("file")
     table.add_column("MB", justify="right")
@@ -85,6 +96,11 @@ def _files_table(bundle: Bundle) -> Table:
     for name, entry in sorted(manifest.files.items()):
         table.add_row(name, f"{entry.size / 1e6:.2f}", graphs.get(name, ""))
     return table
+
+
+def _printable(text: str) -> str:
+    """Names of a stranger's file must not steer the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _engine_table(refusals: dict[str, str | None]) -> Table:

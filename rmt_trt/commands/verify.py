@@ -12,7 +12,7 @@ from rmt_trt.bundle import Bundle
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
 from rmt_trt.commands.report import drift_table
 from rmt_trt.errors import FormatError, require
-from rmt_trt.files import write_file
+from rmt_trt.files import check_target, write_file
 
 app = new_app()
 
@@ -36,11 +36,14 @@ def verify(
     """Compares memory and logits after every segment; exit 1 when they drift more than the tolerance."""
     for module in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
         require(module, "export", "rmt-verify")
-    from rmt_trt.export.verify import engine_reference, model_reference
+    from rmt_trt.export.verify import check_options, engine_reference, model_reference
     from rmt_trt.export.verify import verify as run_verification
     from rmt_trt.model.checkpoint import load_model
     from rmt_trt.runtime import RMTRuntime
 
+    check_options(segments, tolerance)
+    if out is not None:
+        check_target(out)
     opened = Bundle(bundle)
     checkpoint = model or _checkpoint_beside(opened)
     runtime = RMTRuntime(bundle, engine=engine, dtype=dtype, device=device)
