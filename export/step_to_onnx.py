@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rmt_trt.contract import SEGMENT, StepSpec
+from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.initial_state import to_metadata
 from rmt_trt.model.step import fingerprint
@@ -23,6 +23,7 @@ from rmt_trt.model.step import fingerprint
 OPSET = 20
 # A protobuf file ends at 2 GiB; the graph itself needs some of it.
 EXTERNAL_DATA_BYTES = (1 << 31) - (16 << 20)
+_ONNX_TYPES = {"float32": "FLOAT", "float16": "FLOAT16"}
 
 
 def export_step(
@@ -51,6 +52,7 @@ def export_step(
     metadata = to_metadata(spec, values)
     program = _export(step.eval(), spec, opset)
     _check_graph(program.model, spec)
+    _forget_sources(program.model)
     program.model.metadata_props.update(metadata)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
     try:
@@ -72,15 +74,21 @@ def initial_values(step: nn.Module, spec: StepSpec, initial: Mapping[str, Any] |
                 f"the initial value of state '{state.initial}' is unknown: the step has no attribute of that name. "
                 f"Pass initial={{'{state.initial}': array of shape {state.shape}}}"
             )
-        value = value.detach().cpu().float().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-        values[state.initial] = value.astype(state.dtype)
+        try:
+            value = value.detach().cpu().float().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+            values[state.initial] = value.astype(state.dtype)
+        except (TypeError, ValueError) as err:
+            raise ContractError(
+                f"the initial value of state '{state.initial}' cannot be read as numbers ({err}); expected {state.shape} "
+                f"{state.dtype}"
+            ) from err
     return values
 
 
 def _export(step: nn.Module, spec: StepSpec, opset: int) -> Any:
     """Traces with two rows and a text that is neither 1 nor S long: a size that is special would be frozen."""
     length = min(spec.segment_length, max(2, spec.segment_length // 2))
-    device = next(step.parameters()).device
+    device = next((parameter.device for parameter in step.parameters()), torch.device("cpu"))
     states = tuple(
         torch.zeros((2, *state.shape), dtype=getattr(torch, state.dtype), device=device) for state in spec.states
     )
@@ -101,7 +109,10 @@ def _export(step: nn.Module, spec: StepSpec, opset: int) -> Any:
                 verbose=False,
             )
     except Exception as err:  # torch.export and the exporter raise many kinds
-        detail = next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
+        cause: BaseException = err
+        while cause.__cause__ is not None:  # the exporter's own message is general advice
+            cause = cause.__cause__
+        detail = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__).rstrip(". ")
         raise ContractError(
             f"the step cannot be exported to ONNX by torch {torch.__version__}: {detail}. It must accept any batch and "
             f"1 to {spec.segment_length} text tokens, without branches on values"
@@ -125,13 +136,26 @@ def _check_graph(model: Any, spec: StepSpec) -> None:
                 f"the exporter froze axes {frozen} of '{name}' to {[value.shape[axis] for axis in frozen]}: the step branches on "
                 f"its input's size. Make its code work for any batch and length"
             )
-    for state in spec.states:
-        new = model.graph.outputs[spec.outputs.index(state.output)]
-        trailing = tuple(new.shape[1:])
-        if trailing != state.shape or new.dtype != inputs[state.input].dtype:
+    wanted = [(state.output, state.shape, state.dtype) for state in spec.states]
+    free = 1 if spec.logits == "classifier" else 2  # leading axes of the logits: batch, and the text's length
+    for (name, shape, dtype), value in zip(
+        [*wanted, (LOGITS, (spec.num_logits,), "float32")], model.graph.outputs, strict=True
+    ):
+        lead = free if name == LOGITS else 1
+        axes = ["batch", "text"][:lead] + [str(size) for size in shape]
+        given = tuple(value.shape)
+        frozen = [axis for axis in given[: min(lead, 1 if spec.segment_length == 1 else 2)] if isinstance(axis, int)]
+        if given[lead:] != shape or frozen or value.dtype.name != _ONNX_TYPES[dtype]:
             raise ContractError(
-                f"the step gives '{state.output}' as (batch, {trailing}) {new.dtype}; the spec says {state.shape} {state.dtype}"
+                f"the step gives '{name}' as ({', '.join(map(str, given))}) {value.dtype.name}; the spec says "
+                f"({', '.join(axes)}) {dtype}. Does the step return its new states and then its logits?"
             )
+
+
+def _forget_sources(model: Any) -> None:
+    """Takes the stack traces off the nodes: they are a quarter of a small graph, and name this machine's folders."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
 @contextlib.contextmanager
