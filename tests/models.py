@@ -21,7 +21,7 @@ import torch
 from rmt_trt import RMTRuntime, StepSpec
 from rmt_trt.export import ExportOptions, Report, export_model
 from rmt_trt.export.verify import random_document, relative_error
-from rmt_trt.model.checkpoint import load_model, save_model
+from rmt_trt.model.checkpoint import LoadedModel, load_model, save_model
 from rmt_trt.model.config import ModelConfig
 from rmt_trt.model.recurrence import recurrence
 from rmt_trt.model.step import RMTModel, build_model
@@ -162,3 +162,8 @@ def check_parity(
         assert max(errors) <= TOLERANCE, f"{where}: memory, logits drift by {errors} after segment {number}"
         worst = max(worst, *errors)
     return worst
+
+
+def loaded(name: str) -> LoadedModel:
+    """A model of the catalogue as a checkpoint gives it."""
+    return LoadedModel(made(name).model, made(name).spec, None)
