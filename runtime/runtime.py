@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -76,7 +76,7 @@ class RMTRuntime:
     @overload
     def run(
         self,
-        tokens: list[str] | list[list[int]] | list[np.ndarray],
+        tokens: list[str] | list[list[int]] | list[np.ndarray] | list[Iterator[np.ndarray]],
         state: Sequence[State | None] | None = None,
         *,
         alignment: str | None = None,
