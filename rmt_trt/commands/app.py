@@ -41,7 +41,7 @@ def run_command(name: str, app: typer.Typer) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(name)s: %(message)s")
     try:
-        app()
+        app(prog_name=name)
     except RMTError as err:
         if debug:
             raise
