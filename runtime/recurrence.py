@@ -103,7 +103,8 @@ class Recurrence:
     logits  "all": every row of every segment. "last": of the last segment (and where a state is kept). "loglik":
             per token, reduced at once. "none".
     memory  whether pieces carry the states, which costs a fetch per step.
-    `engine` gives the live engine, or raises once the runtime is closed. The lock is held during each call of it and no longer, so that runs of several threads interleave.
+    `engine` gives the live engine, or raises once the runtime is closed. The lock is held during each call of it and no
+    longer, so that runs of several threads interleave.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Recurrence:
         self._engine, self._spec, self._lock = engine, spec, lock
         self._logits, self._memory = logits, memory
         # Replaced as one value after each step, so that an interrupt never sees states of one segment and marks of
-        # another: (engine states, tracks in the states' row order).
+        # another: (engine states, tracks in the states' row order, their marks).
         self._now: tuple[Any, list[Track], list[Mark]] | None = None
 
     def __iter__(self) -> Iterator[Piece]:
