@@ -12,13 +12,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import check_parity, loaded, made
+from models import check_parity, made
 from steps import LENGTH, ONE_STATE, TWO_STATES, VOCAB, GatedStep, Plain, broken, left_in
 from torch import nn
 
 from rmt_trt import ContractError, RMTRuntime, StateSpec, StepSpec, VerificationError
 from rmt_trt.bundle import Bundle
-from rmt_trt.export import ExportOptions, export_model, export_step, export_step_bundle
+from rmt_trt.export import ExportOptions, export_step, export_step_bundle
 from rmt_trt.export import bundle as exporting
 
 
@@ -166,21 +166,23 @@ def test_a_step_that_lets_padding_through_fails_the_verification(tmp_path: Path)
 
 def test_a_breach_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=r"drifts .* more than 1.0e-12.*--tolerance.*--accept-drift"):
-        export_model(loaded("bert"), tmp_path / "bert.rmt", ExportOptions(segments=2, tolerance=1e-12))
+        export_step_bundle(
+            GatedStep(), TWO_STATES, tmp_path / "gated.rmt", options=ExportOptions(segments=4, tolerance=1e-12)
+        )
     assert left_in(tmp_path) == []
 
 
 def test_accepted_drift_keeps_the_bundle_and_the_manifest_says_so(tmp_path: Path) -> None:
-    options = ExportOptions(segments=2, tolerance=1e-12, accept_drift=True)
-    report = export_model(loaded("bert"), tmp_path / "bert.rmt", options)
+    options = ExportOptions(segments=4, tolerance=1e-12, accept_drift=True)
+    report = export_step_bundle(GatedStep(), TWO_STATES, tmp_path / "drift.rmt", options=options)
     assert not report.passed
-    opened = Bundle(tmp_path / "bert.rmt")
+    opened = Bundle(tmp_path / "drift.rmt")
     stated = opened.manifest.verification
     assert stated["passed"] is False
     assert stated["accepted_drift"] is True
     assert stated["worst"] == report.worst > stated["tolerance"] == 1e-12
     assert opened.report()["passed"] is False
-    with RMTRuntime(tmp_path / "bert.rmt", engine="cpu", threads=1) as runtime:
+    with RMTRuntime(tmp_path / "drift.rmt", engine="cpu", threads=1) as runtime:
         assert runtime.run([5, 6]).segments == 1
 
 
@@ -205,5 +207,5 @@ def test_a_graph_with_altered_weights_does_not_pass(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(exporting, "export_step", alter)
     with pytest.raises(VerificationError, match="drifts"):
-        export_model(loaded("gpt2"), tmp_path / "gpt2.rmt", ExportOptions(segments=2))
+        export_step_bundle(GatedStep(), TWO_STATES, tmp_path / "gated.rmt", options=ExportOptions(segments=2))
     assert left_in(tmp_path) == []
