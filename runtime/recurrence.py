@@ -24,7 +24,7 @@ from rmt_trt.runtime.tokens import Document
 LOGITS_MODES = ("last", "all", "loglik", "none")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """Tokens of one step. `fresh` of the ids are this run's own; the others were pending in the state before."""
 
@@ -34,7 +34,7 @@ class Segment:
     tail: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mark:
     """How far a document has come; together with the states it makes a `State`.
 

@@ -12,7 +12,7 @@ from rmt_trt.errors import ContractError
 from rmt_trt.runtime.state import State
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """One document after one segment. Arrays belong to the caller.
 
@@ -41,7 +41,7 @@ class Piece:
         return self.states[0] if self.states else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunResult:
     """One document's answer.
 

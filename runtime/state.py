@@ -23,7 +23,7 @@ LAST_LOGITS = "last_logits"
 _RESERVED = (PENDING, LAST_LOGITS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """A document up to a token: going on from it gives, bit for bit, what an uninterrupted run gives.
 

@@ -348,6 +348,15 @@ def test_results_belong_to_the_caller(subject: Subject) -> None:
 
 
 @every_engine
+def test_results_pieces_and_states_are_told_apart_by_identity(subject: Subject) -> None:
+    first, second = (subject.runtime.run([5, 6], alignment="left") for _ in range(2))
+    assert first != second
+    assert first.state != second.state
+    assert second in [first, second]
+    assert len({first, second, *subject.runtime.stream([5] * 2 * S)}) == 4
+
+
+@every_engine
 def test_four_threads_on_one_runtime_get_what_each_gets_alone(subject: Subject) -> None:
     documents = [subject.made.document(5 * S + row, seed=row) for row in range(4)]
     alone = [subject.runtime.run(document) for document in documents]
