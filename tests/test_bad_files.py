@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from rmt_trt import ContractError, EngineError, FormatError, RMTRuntime
-from rmt_trt.bundle import INITIAL, MANIFEST, STEP
+from rmt_trt.bundle import INITIAL, MANIFEST, STEP, Bundle
 from rmt_trt.files import sha256
 
 DOCUMENT = np.arange(50) % 90 + 5
@@ -315,3 +315,36 @@ def test_files_that_are_no_state(language: RMTRuntime, tmp_path: Path) -> None:
         language.load_state(tmp_path)
     with pytest.raises(ContractError, match="the path is None; expected the path of a file"):
         language.load_state(None)  # type: ignore[arg-type]
+
+
+def flipped(data: bytes, seed: int) -> bytes:
+    """Up to five bytes replaced, most of them in the first 500, where headers are."""
+    generator = np.random.default_rng(seed)
+    changed = bytearray(data)
+    for _ in range(int(generator.integers(1, 6))):
+        end = min(len(data), 500) if generator.random() < 0.8 else len(data)
+        changed[int(generator.integers(end))] = int(generator.integers(256))
+    return bytes(changed)
+
+
+def test_flipped_bytes_in_a_state_are_refused_or_do_no_harm(language: RMTRuntime, saved: Path) -> None:
+    whole, refused = saved.read_bytes(), 0
+    for seed in range(300):
+        saved.write_bytes(flipped(whole, seed))
+        try:
+            assert np.isfinite(language.load_state(saved).memory).all()
+        except FormatError:
+            refused += 1
+    assert refused > 200
+
+
+def test_flipped_bytes_in_a_manifest_are_refused_or_do_no_harm(tmp_path: Path) -> None:
+    path = models.made("bert").bundle / MANIFEST
+    whole, refused = path.read_bytes(), 0
+    for seed in range(300):
+        (tmp_path / MANIFEST).write_bytes(flipped(whole, seed))
+        try:
+            assert Bundle(tmp_path).spec.states
+        except FormatError:
+            refused += 1
+    assert refused > 200
