@@ -171,8 +171,8 @@ class Engine(Protocol):
     """What runs a step. Engines hold no document's state: they map states in to states out.
 
     `States` are opaque to the driver: numpy arrays on a CPU, device buffers on a GPU, one per state of the spec,
-    first axis batch. A step may take the memory of the States it was handed: once it has returned they are dead; when
-    it raises they are as they were. An engine is called by one thread at a time.
+    first axis batch. The States that a step was handed keep their values until those that it gave are stepped in turn;
+    then their memory is the engine's again. An engine is called by one thread at a time.
     """
 
     name: str

@@ -66,19 +66,19 @@ class Limit:
         if self.overflow not in ("error", "head", "tail"):
             raise ContractError(f"overflow is {self.overflow!r}; expected 'error', 'head' or 'tail'")
 
-    def window(self, length: int, segment_length: int, where: str) -> tuple[int, int]:
+    def tokens(self, segment_length: int, pending: int = 0) -> int:
+        """How many tokens may come, where `pending` ones of an earlier part fill the first segment already."""
+        return self.max_segments * segment_length - pending
+
+    def window(self, length: int, segment_length: int, where: str, pending: int = 0) -> tuple[int, int]:
         """(start, stop) of the tokens that are kept. Errors: TokenError, when there are too many."""
-        most = self.max_segments * segment_length
+        most = self.tokens(segment_length, pending)
         if length <= most:
             return 0, length
         if self.overflow == "error":
-            raise TokenError(self.message(length, segment_length, where))
+            segments = ceil_div(pending + length, segment_length)
+            raise TokenError(
+                f"{where}: {length} tokens make {segments} segments of {segment_length}; max_segments={self.max_segments} "
+                f"allows {most} tokens. Raise it, or pass overflow='head' or 'tail'"
+            )
         return (0, most) if self.overflow == "head" else (length - most, length)
-
-    def message(self, length: int | None, segment_length: int, where: str) -> str:
-        """What is said of a document that is too long."""
-        came = f"{length} tokens, {ceil_div(length, segment_length)} segments" if length else "more tokens"
-        return (
-            f"{where}: {came} of {segment_length}; max_segments={self.max_segments} allows "
-            f"{self.max_segments * segment_length} tokens. Raise it, or pass overflow='head' or 'tail'"
-        )

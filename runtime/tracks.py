@@ -70,7 +70,7 @@ def _track(row: int, document: Document, reading: Reading, begin: State, spec: S
     length = document.count() if needs_length else None
     limit = None
     if reading.limit is not None:
-        limit = _apply(reading.limit, document, length, spec.segment_length)
+        limit = _apply(reading.limit, document, length, spec.segment_length, len(begin.pending))
         length = limit if length is not None else None
     if document.at_end():
         dropped = f" after dropping the ids {list(spec.dropped_ids)}" if spec.dropped_ids else ""
@@ -89,16 +89,16 @@ def _distinct(documents: list[Any]) -> None:
             )
 
 
-def _apply(limit: Limit, document: Document, length: int | None, segment_length: int) -> int:
+def _apply(limit: Limit, document: Document, length: int | None, segment_length: int, pending: int) -> int:
     """Passes over the head for overflow="tail"; returns how many tokens may be read."""
     if length is None:
         if limit.overflow == "head":
-            return limit.max_segments * segment_length
+            return limit.tokens(segment_length, pending)
         raise TokenError(
             f"{document.where}: max_segments with overflow='{limit.overflow}' needs the number of tokens beforehand, and an "
             f"iterator does not tell it. Pass length=, pass an array, or use overflow='head'"
         )
-    start, stop = limit.window(length, segment_length, document.where)
+    start, stop = limit.window(length, segment_length, document.where, pending)
     document.skip(start)
     return stop - start
 

@@ -248,3 +248,11 @@ def test_arrays_longer_than_the_piece_that_is_checked_at_a_time_are_read_whole()
 def test_what_is_no_document_is_named(tokens: Any, message: str) -> None:
     with pytest.raises(TokenError, match=message):
         split_batch(tokens)
+
+
+def test_a_limit_counts_the_tokens_that_an_earlier_part_left_pending():
+    limit = Limit(2, "head")
+    assert limit.window(100, 20, "the document") == (0, 40)
+    assert limit.window(100, 20, "the document", pending=7) == (0, 33)
+    with pytest.raises(TokenError, match="34 tokens make 3 segments of 20; max_segments=2 allows 33 tokens"):
+        Limit(2).window(34, 20, "the document", pending=7)
