@@ -5,6 +5,7 @@ An error that one step hides can grow or die out along a recurrence, so the repo
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -67,10 +68,6 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"worst": self.worst, "passed": self.passed}
-
-    def milestones(self) -> list[Drift]:
-        """The rows after 1, 2, 4, 8, ... segments, and the last."""
-        return [row for row in self.rows if row.segment & (row.segment - 1) == 0 or row is self.rows[-1]]
 
     def require(self) -> None:
         """Errors: VerificationError, when the report did not pass."""
@@ -191,8 +188,9 @@ def memory_effect(runtime: RMTRuntime, document: np.ndarray) -> float:
     """Relative change of the last segment's logits when that segment starts from the initial memory instead."""
     last = cut(len(document), runtime.spec.segment_length, "left")
     start = (last.count(len(document)) - 1) * last.rest
-    carried = list(runtime.stream(document, alignment="left"))[-1].logits
-    reset = list(runtime.stream(document[start:], alignment="left"))[-1].logits
+    # One piece is held at a time: a language model's logits of many segments would fill the memory.
+    carried = deque(runtime.stream(document, alignment="left"), maxlen=1)[0].logits
+    reset = deque(runtime.stream(document[start:], alignment="left"), maxlen=1)[0].logits
     return relative_error(reset, carried) if carried is not None and reset is not None else 0.0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -217,11 +218,25 @@ class Bundle:
 
 @contextlib.contextmanager
 def new_bundle(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill; `write_manifest` comes last. It becomes `path` on success and vanishes otherwise."""
+    """A folder to fill; `write_manifest` comes last. It becomes `path` on success and vanishes otherwise.
+
+    Errors: FormatError, when `path` exists and `overwrite` is not set, or it is no bundle: nothing else is replaced.
+    """
+    if overwrite and os.path.lexists(path) and not _is_bundle(path):
+        raise FormatError(f"{path} exists and is not a bundle; it is not replaced. Choose another name (-o)")
     with atomic_folder(path, overwrite) as folder:
         yield folder
         if not (folder / MANIFEST).is_file():
             raise ContractError(f"no manifest was written for {path}")
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a folder's manifest is a bundle's, of any format version: other programs write a manifest.json too."""
+    try:
+        manifest = read_json(path / MANIFEST, MANIFEST_LIMIT, "a bundle's manifest")
+    except FormatError:
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

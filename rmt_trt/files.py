@@ -68,8 +68,6 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         raise FormatError(f"cannot write {path}: {path.parent} is no folder. Create it first, or choose another place")
     if os.path.lexists(path) and not overwrite:
         raise FormatError(f"{path} exists already. Choose another name (-o), or replace it with --overwrite")
-    if overwrite and path.exists() and not (path / "manifest.json").is_file():
-        raise FormatError(f"{path} exists and is not a bundle; it is not replaced. Choose another name (-o)")
     path = path.resolve() if path.is_symlink() else path
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))

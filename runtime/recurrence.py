@@ -143,7 +143,7 @@ class Recurrence:
             yield from self._commit(states, live, current, wanted, before, logits)
 
     def state(self, track: Track) -> State:
-        """The state of a document after the last piece of it that was yielded."""
+        """The state of a document after the last finished step, whose pieces may still be on their way."""
         mark, states = track.mark, track.final
         if states is None and self._now is not None and track in self._now[1]:
             index = self._now[1].index(track)

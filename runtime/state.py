@@ -20,7 +20,6 @@ FORMAT = "rmt-trt-state"
 FORMAT_VERSION = "1"
 PENDING = "pending"
 LAST_LOGITS = "last_logits"
-_RESERVED = (PENDING, LAST_LOGITS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,8 @@ class Stream(Iterator[Piece]):
     def __next__(self) -> Piece:
         piece = next(self._source, None)
         if piece is None:
-            self._ended = True
+            # A step that failed ends the iteration too, but no document with it.
+            self._ended = all(track.final is not None for track in self._recurrence.tracks)
             raise StopIteration
         pieces = self._pieces[piece.row]
         if not self._gather:

@@ -139,6 +139,8 @@ class Document:
 
     def at_end(self) -> bool:
         """Whether nothing follows; may read one piece ahead, of an iterator of ints one."""
+        if self._array is not None and not self._given:  # a second look: a long batch holds no piece of each document
+            return not any(len(ids) for ids, _ in self._kept(_array_pieces(self._array)))
         self._wanted = 1
         while not len(self._ids):
             piece = next(self._clean, None)

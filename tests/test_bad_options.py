@@ -144,7 +144,7 @@ def test_a_state_without_a_logits_row_cannot_be_scored_on(language: RMTRuntime) 
 
 
 def test_a_document_beyond_the_callers_limit_is_an_error(language: RMTRuntime) -> None:
-    message = r"50 tokens, 3 segments of 20; max_segments=2 allows 40 tokens\. Raise it, or pass overflow='head'"
+    message = r"50 tokens make 3 segments of 20; max_segments=2 allows 40 tokens\. Raise it, or pass overflow='head'"
     with pytest.raises(TokenError, match=message):
         language.run(DOCUMENT, max_segments=2)
     with pytest.raises(TokenError, match=rf"{5 * 10**998} segments of 20; max_segments=2 allows 40"):

@@ -158,7 +158,7 @@ def test_case_07_the_originals_cut_of_the_head_is_given_when_it_is_asked_for(tra
     expect(this, tokens, tokens[-2 * S : -S], tokens[-S:], max_segments=2, overflow="tail")
     with (
         this.open() as runtime,
-        pytest.raises(TokenError, match=r"83 tokens, 5 segments of 20; max_segments=2 allows 40 tokens"),
+        pytest.raises(TokenError, match=r"83 tokens make 5 segments of 20; max_segments=2 allows 40 tokens"),
     ):
         runtime.run(tokens, max_segments=2)
 

@@ -12,6 +12,7 @@ from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, 
 from rmt_trt.commands.report import drift_table
 from rmt_trt.contract import ALIGNMENTS
 from rmt_trt.errors import ContractError, FormatError, VerificationError, require
+from rmt_trt.files import check_target
 
 app = new_app()
 
@@ -54,6 +55,8 @@ def export(
     target = out or default_bundle(model)
     if target.exists() and not overwrite:  # said before minutes of work, and checked again when it is written
         raise FormatError(f"{target} exists already. Choose another name (-o), or replace it with --overwrite")
+    if save_model is not None:
+        check_target(save_model)
     if alignment is not None and alignment not in ALIGNMENTS:
         raise ContractError(f"--alignment is {alignment!r}; expected one of {', '.join(ALIGNMENTS)}")
     for module in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"):

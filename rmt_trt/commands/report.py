@@ -25,7 +25,7 @@ def drift_table(report: Mapping[str, Any]) -> Table:
     verdict = "passed" if report["passed"] else "FAILED"
     table.caption = (
         f"{verdict}: worst {report['worst']:.1e}, tolerance {report['tolerance']:.1e}; resetting the memory changes the "
-        f"last logits by {100 * report['memory_effect']:.2g} %"
+        f"last logits by {report['memory_effect']:.1%}"
     )
     table.caption_justify = "left"
     return table

@@ -38,7 +38,7 @@ def verify(
         require(module, "export", "rmt-verify")
     from rmt_trt.export.verify import check_options, engine_reference, model_reference
     from rmt_trt.export.verify import verify as run_verification
-    from rmt_trt.model.checkpoint import load_model
+    from rmt_trt.model.checkpoint import LoadOptions, load_model
     from rmt_trt.runtime import RMTRuntime
 
     check_options(segments, tolerance)
@@ -48,8 +48,10 @@ def verify(
     checkpoint = model or _checkpoint_beside(opened)
     runtime = RMTRuntime(bundle, engine=engine, dtype=dtype, device=device)
     if checkpoint is not None:
-        loaded = load_model(checkpoint)
-        if loaded.spec.fingerprint != opened.spec.fingerprint:
+        # What the export was told to read otherwise than the checkpoint says, the reference reads so too.
+        spec = opened.spec
+        loaded = load_model(checkpoint, LoadOptions(alignment=spec.alignment, drop_ids=spec.dropped_ids))
+        if loaded.spec.fingerprint != spec.fingerprint:
             raise FormatError(
                 f"{checkpoint} holds other weights than {bundle} was exported from. Give the right checkpoint (--model), or "
                 f"export again"
