@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from torch import nn
 
 from rmt_trt import ContractError, RMTRuntime, StateSpec, StepSpec, VerificationError
 from rmt_trt.bundle import Bundle
-from rmt_trt.export import ExportOptions, export_step, export_step_bundle
+from rmt_trt.commands import verify
+from rmt_trt.export import ExportOptions, export_model, export_step, export_step_bundle
 from rmt_trt.export import bundle as exporting
+from rmt_trt.model.checkpoint import LoadOptions, load_model
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +196,30 @@ def test_a_bundle_that_passes_says_so_with_its_figures() -> None:
     assert stated["worst"] == this.report.worst <= stated["tolerance"] == 1e-4
     assert [row.segment for row in this.report.rows] == [1, 2, 3, 4]
     assert Bundle(this.bundle).report() == json.loads(json.dumps(this.report.to_json()))
+
+
+def test_a_bundle_exported_with_another_alignment_and_other_dropped_ids_is_verified_again_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    this = made("bert")
+    loaded = load_model(this.checkpoint, LoadOptions(alignment="center", drop_ids=(0, 7)))
+    export_model(loaded, tmp_path / "center.rmt", ExportOptions(segments=3))
+    command = [
+        "rmt-verify",
+        tmp_path / "center.rmt",
+        "--model",
+        this.checkpoint,
+        "--segments",
+        4,
+        "-o",
+        tmp_path / "r.json",
+    ]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with pytest.raises(SystemExit) as ended:
+        verify.main()
+    assert not ended.value.code
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert (report["passed"], report["segments"], len(report["rows"])) == (True, 4, 4)
 
 
 def test_a_graph_with_altered_weights_does_not_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
