@@ -196,7 +196,11 @@ def test_overwrite_replaces_and_nothing_else_does(plain: Path, tmp_path: Path) -
     (tmp_path / "photos").mkdir()
     with pytest.raises(FormatError, match="photos exists and is not a bundle; it is not replaced"):
         export_step_bundle(Plain(), ONE_STATE, tmp_path / "photos", options=ExportOptions(overwrite=True))
+    (tmp_path / "photos/manifest.json").write_text('{"name": "a web page"}', encoding="utf-8")
+    with pytest.raises(FormatError, match="photos exists and is not a bundle; it is not replaced"):
+        export_step_bundle(Plain(), ONE_STATE, tmp_path / "photos", options=ExportOptions(overwrite=True))
     assert left_in(tmp_path) == ["photos", "plain.rmt"]
+    assert left_in(tmp_path / "photos") == ["manifest.json"]
 
 
 def test_an_added_file_is_named_hashed_and_found(plain: Path, tmp_path: Path) -> None:
