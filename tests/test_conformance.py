@@ -379,6 +379,9 @@ def test_closing_during_a_stream_ends_it_in_an_error(subject: Subject) -> None:
     subject.runtime.close()
     with pytest.raises(EngineError, match=r"is closed; open a new RMTRuntime"):
         next(stream)
+    assert next(stream, None) is None
+    with pytest.raises(ContractError, match="has not ended"):
+        _ = stream.result
     with pytest.raises(EngineError, match="is closed"):
         subject.runtime.run([5])
     with pytest.raises(EngineError, match="is closed"):
