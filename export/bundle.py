@@ -121,7 +121,7 @@ def _write(
         (folder / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         summary = {
             "passed": report.passed,
-            "worst": report.worst,
+            "worst": report.to_json()["worst"],
             "tolerance": report.tolerance,
             "segments": report.segments,
             "accepted_drift": not report.passed,

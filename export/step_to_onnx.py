@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import nn
 
 from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
 from rmt_trt.errors import ContractError, FormatError
+from rmt_trt.files import sync
 from rmt_trt.initial_state import to_metadata
 from rmt_trt.model.step import fingerprint
 
@@ -44,7 +47,8 @@ def export_step(
     external_data_bytes  from this many bytes of weights on, they go into `path` + ".data"
 
     Returns the spec with the fingerprint of the weights in it, as it stands in the file's metadata.
-    Errors: ContractError, when the step cannot be exported or its graph does not fit the spec.
+    Errors: ContractError, when the step cannot be exported or its graph does not fit the spec; FormatError, when the
+    file cannot be written.
     """
     path = Path(path)
     values = initial_values(step, spec, initial)
@@ -55,13 +59,23 @@ def export_step(
     _forget_sources(program.model)
     program.model.metadata_props.update(metadata)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
+    _save(program, path, external_data=size >= external_data_bytes)
+    return spec
+
+
+def _save(program: Any, path: Path, external_data: bool) -> None:
+    """Writes graph and data file under their own names in a temporary folder, then renames them, the graph last."""
     try:
-        program.save(path, external_data=size >= external_data_bytes)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+            graph = Path(folder) / path.name
+            program.save(graph, external_data=external_data)
+            for file in sorted(graph.parent.iterdir(), key=lambda file: file == graph):
+                sync(file)
+                os.replace(file, path.with_name(file.name))
     except OSError as err:
         raise FormatError(
             f"cannot write {path}: {err.strerror or err}. Free some space or choose another place"
         ) from err
-    return spec
 
 
 def initial_values(step: nn.Module, spec: StepSpec, initial: Mapping[str, Any] | None) -> dict[str, np.ndarray]:

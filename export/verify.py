@@ -5,7 +5,7 @@ An error that one step hides can grow or die out along a recurrence, so the repo
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError, VerificationError
 from rmt_trt.model.recurrence import recurrence
 from rmt_trt.model.step import DecoderStep, EncoderStep
-from rmt_trt.runtime import RMTRuntime
+from rmt_trt.runtime import Piece, RMTRuntime
 from rmt_trt.runtime.segments import cut
 
 # Largest relative L2 error of memory and logits that is accepted along the recurrence. fp32: the largest seen over
@@ -67,7 +67,8 @@ class Report:
         return self.worst <= self.tolerance  # False for nan
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"worst": self.worst, "passed": self.passed}
+        """Plain values; numbers that are not finite, which JSON does not have, become None."""
+        return _finite(asdict(self) | {"worst": self.worst, "passed": self.passed})  # type: ignore[no-any-return]
 
     def require(self) -> None:
         """Errors: VerificationError, when the report did not pass."""
@@ -109,9 +110,12 @@ def verify(
     total = segments + sum(cut(n, spec.segment_length, spec.alignment).count(n) for n in lengths)
 
     rows: list[Drift] = []
-    for drift in _compare(runtime, reference, document):
-        rows.append(drift)
-        progress(len(rows), total)
+    last: Piece | None = None
+    pairs = zip(runtime.stream(document, memory=True), reference(document), strict=True)
+    for number, (piece, (states, logits)) in enumerate(pairs, 1):
+        rows.append(Drift(number, piece.stop, *_errors(piece.states, piece.logits, states, logits)))
+        last = piece  # one at a time: a language model's logits of many segments would fill the memory
+        progress(number, total)
     worst = _compare_batch(runtime, reference, batch)
     progress(total, total)
     return Report(
@@ -123,7 +127,7 @@ def verify(
         rows=tuple(rows),
         batch_memory=worst[0],
         batch_logits=worst[1],
-        memory_effect=memory_effect(runtime, document),
+        memory_effect=_memory_effect(runtime, document, last),
     )
 
 
@@ -184,20 +188,12 @@ def engine_reference(runtime: RMTRuntime) -> Reference:
     return run
 
 
-def memory_effect(runtime: RMTRuntime, document: np.ndarray) -> float:
+def _memory_effect(runtime: RMTRuntime, document: np.ndarray, last: Piece | None) -> float:
     """Relative change of the last segment's logits when that segment starts from the initial memory instead."""
-    last = cut(len(document), runtime.spec.segment_length, "left")
-    start = (last.count(len(document)) - 1) * last.rest
-    # One piece is held at a time: a language model's logits of many segments would fill the memory.
-    carried = deque(runtime.stream(document, alignment="left"), maxlen=1)[0].logits
-    reset = deque(runtime.stream(document[start:], alignment="left"), maxlen=1)[0].logits
-    return relative_error(reset, carried) if carried is not None and reset is not None else 0.0
-
-
-def _compare(runtime: RMTRuntime, reference: Reference, document: np.ndarray) -> Iterator[Drift]:
-    pairs = zip(runtime.stream(document, memory=True), reference(document), strict=True)
-    for number, (piece, (states, logits)) in enumerate(pairs, 1):
-        yield Drift(number, piece.stop, *_errors(piece.states, piece.logits, states, logits))
+    if last is None:
+        return 0.0
+    reset = next(runtime.stream(document[last.start : last.stop], alignment="left")).logits
+    return relative_error(reset, last.logits) if reset is not None and last.logits is not None else 0.0
 
 
 def _compare_batch(runtime: RMTRuntime, reference: Reference, batch: list[np.ndarray]) -> tuple[float, float]:
@@ -215,3 +211,11 @@ def _errors(
 ) -> tuple[float, float]:
     memory = float(np.max([relative_error(value, want) for value, want in zip(states, wanted, strict=True)]))
     return memory, float("inf") if logits is None else relative_error(logits, wanted_logits)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,6 +6,7 @@ Importing this package loads neither torch nor an engine; `RMTRuntime` and its c
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from rmt_trt.contract import StateSpec, StepSpec
@@ -13,6 +14,12 @@ from rmt_trt.errors import ContractError, EngineError, FormatError, RMTError, To
 
 if TYPE_CHECKING:
     from rmt_trt.runtime import BatchResult, Piece, RMTRuntime, RunResult, State
+
+# In a checkout the rooms (export/, runtime/, ...) lie beside this folder, and setup.py maps them in here. Python run in
+# the checkout's root takes this folder for the whole package; so that it finds the rooms, they are looked up there too.
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_ROOT, "setup.py")) and os.path.isdir(os.path.join(_ROOT, "runtime", "engines")):
+    __path__.append(_ROOT)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -38,7 +38,7 @@ class RMTRuntime:
              it is, `rt.refused` why better ones were not taken
     dtype    "fp32", ...; None takes the engine's own
     device   GPU index, for GPU engines
-    threads  CPU threads of a step; None takes all cores
+    threads  CPU threads of a step; None takes all cores. The PyTorch engine sets it for the whole process
     max_batch  documents of a batch that are stepped together; more go in groups
 
     A runtime may be shared by threads: a lock is held during each step, so runs interleave segment by segment.
@@ -182,8 +182,8 @@ class RMTRuntime:
         if self._tokenizer is None:
             if self._tokenizer_json is None:
                 raise TokenError(
-                    f"{self.path} holds no tokenizer, so it reads token ids, not text. Export it with --tokenizer "
-                    f"tokenizer.json, or tokenise the text first"
+                    f"{self.path} holds no tokenizer, so it reads token ids, not text. Open the bundle's folder if it is a "
+                    f"graph out of one, export it with --tokenizer tokenizer.json, or tokenise the text first"
                 )
             library = require("tokenizers", "text", "text input")
             try:

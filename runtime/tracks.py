@@ -72,9 +72,12 @@ def _track(row: int, document: Document, reading: Reading, begin: State, spec: S
     if reading.limit is not None:
         limit = _apply(reading.limit, document, length, spec.segment_length, len(begin.pending))
         length = limit if length is not None else None
-    if document.at_end():
+    if document.at_end() and not len(begin.pending):
         dropped = f" after dropping the ids {list(spec.dropped_ids)}" if spec.dropped_ids else ""
-        raise TokenError(f"{document.where} is empty: it has no token{dropped}. Leave it out, or give it at least one")
+        kept = " and the state that it goes on from has none pending" if begin.position else ""
+        raise TokenError(
+            f"{document.where} is empty: it has no token{dropped}{kept}. Leave it out, or give it at least one"
+        )
     return Track(row, document, cut(length, spec.segment_length, reading.alignment), reading.alignment, begin, limit)
 
 

@@ -23,6 +23,7 @@ from rmt_trt import RMTRuntime
 from rmt_trt.bundle import MANIFEST
 from rmt_trt.commands import export, info, run, verify
 from rmt_trt.files import sha256
+from rmt_trt.runtime.tokens import PIECE
 
 MAIN: dict[str, Callable[[], None]] = {
     "rmt-run": run.main, "rmt-info": info.main, "rmt-export": export.main, "rmt-verify": verify.main,
@@ -127,7 +128,8 @@ RUNS: dict[str, tuple[str, str]] = {
     "threads": ("l.rmt ids.npy --threads 0", "threads is 0; expected a whole number from 1"),
     "alignment": ("l.rmt ids.npy --alignment top", "alignment is 'top'; expected one of left, right, center"),
     "loglik of a classifier": ("c.rmt ids.npy --logits loglik", "logits='loglik' is for language models"),
-    "limit": ("l.rmt ids.npy --max-segments 2", "50 tokens, 3 segments of 20; max_segments=2 allows 40 tokens"),
+    "limit": ("l.rmt ids.npy --max-segments 2", "50 tokens make 3 segments of 20; max_segments=2 allows 40 tokens"),
+    "every row without a file": ("l.rmt ids.npy --logits all", "which goes into an array: add -o FILE.npz"),
     "output of another kind": ("l.rmt ids.npy -o out.txt", "--out is out.txt; expected a name that ends in .json or .npz"),
     "output is a folder": ("l.rmt ids.npy -o folder.json", "folder.json is no regular file; it is not replaced"),
     "output in no folder": ("l.rmt ids.npy -o no/such.json", "cannot write no/such.json: no is no folder that can be written"),
@@ -154,6 +156,23 @@ def test_rmt_run_says_in_one_line_what_is_wrong(place: Path, command: Callable[.
     assert done.err.count("\n") == 1
     assert done.out == ""
     assert set(place.iterdir()) == before
+
+
+def test_a_run_that_stops_on_a_bad_token_keeps_the_state_in_front_of_it(
+    place: Path, command: Callable[..., Outcome]
+) -> None:
+    tokens = np.full(PIECE + 100, 5)
+    tokens[PIECE + 9] = 500  # in the second of the pieces that tokens are checked in
+    np.save("late.npy", tokens)
+    done = command("rmt-run", "l.rmt", "late.npy", "--save-state", "late.state")
+    kept = (PIECE // models.S - 1) * models.S  # one segment is read ahead: is it the last, whose logits are wanted?
+    assert done.code == 1
+    assert f"token {PIECE + 9} is 500; the vocabulary has ids 0 to 95" in done.err
+    assert f"stopped after {kept} tokens of the document; the state is in late.state" in done.err
+    assert f"--load-state late.state --skip {kept}" in done.err
+    with RMTRuntime("l.rmt", threads=1) as runtime:
+        rest = runtime.run([5] * 5, state=runtime.load_state("late.state"))
+        assert np.array_equal(rest.logits, runtime.run([5] * (kept + 5)).logits)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "iterator padded in the middle": (iter([5, -1, 6]), "token 1 is padding (an id below 0), but token 2"),
     "iterator of ragged pieces": (iter([[5, [6]]]), "token 1 is [6], of type list"),
     "iter() that gives no iterator": (NoIterator(), "the token iterator raised TypeError: iter() returned non-iterator"),
-    "text without a tokenizer": ("hello", "holds no tokenizer, so it reads token ids, not text. Export it with --tokenizer"),
+    "text without a tokenizer": ("hello", "holds no tokenizer, so it reads token ids, not text. Open the bundle's folder"),
     "texts without a tokenizer": (["hello", "you"], "holds no tokenizer, so it reads token ids, not text"),
 }  # fmt: skip
 

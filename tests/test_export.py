@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from models import check_parity, made
 from steps import LENGTH, ONE_STATE, TWO_STATES, VOCAB, GatedStep, Plain, broken, left_in
 from torch import nn
 
-from rmt_trt import ContractError, RMTRuntime, StateSpec, StepSpec, VerificationError
+from rmt_trt import ContractError, FormatError, RMTRuntime, StateSpec, StepSpec, VerificationError
 from rmt_trt.bundle import Bundle
 from rmt_trt.commands import verify
+from rmt_trt.commands.report import drift_table
 from rmt_trt.export import ExportOptions, export_model, export_step, export_step_bundle
 from rmt_trt.export import bundle as exporting
 from rmt_trt.model.checkpoint import LoadOptions, load_model
@@ -236,3 +238,30 @@ def test_a_graph_with_altered_weights_does_not_pass(monkeypatch: pytest.MonkeyPa
     with pytest.raises(VerificationError, match="drifts"):
         export_step_bundle(GatedStep(), TWO_STATES, tmp_path / "gated.rmt", options=ExportOptions(segments=2))
     assert left_in(tmp_path) == []
+
+
+def test_a_graph_that_cannot_be_written_whole_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "step.onnx"
+    export_step(GatedStep(), TWO_STATES, path)
+    before = path.read_bytes()
+
+    def fails(file: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rmt_trt.export.step_to_onnx.sync", fails)
+    with pytest.raises(FormatError, match=r"cannot write .*step\.onnx: No space left on device\. Free some space"):
+        export_step(GatedStep(), TWO_STATES, path, external_data_bytes=0)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_report_that_is_not_finite_is_json_all_the_same() -> None:
+    report = replace(made("bert").report, batch_memory=float("nan"), memory_effect=float("inf"))
+    assert not report.passed
+    value = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert (value["batch_memory"], value["memory_effect"], value["worst"]) == (None, None, None)
+    table = drift_table(value)
+    assert "not finite" in str(table.caption)
+    assert "an unknown share" in str(table.caption)

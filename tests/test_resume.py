@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from models import Made, S, check_parity, made
 
-from rmt_trt import ContractError, EngineError, FormatError, RMTRuntime, State
+from rmt_trt import ContractError, EngineError, FormatError, RMTRuntime, State, TokenError
 from rmt_trt.contract import Engine
 
 MODELS = ("bert", "gpt2")
@@ -259,3 +259,24 @@ def test_every_state_on_the_way_of_a_batch_is_one_to_go_on_from(name: str) -> No
                 if len(rest):
                     found = runtime.run(rest, state=state, alignment="left")
                     check_parity([(found.memory, found.logits)], [(whole[row].memory, whole[row].logits)], f"row {row}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_state_with_pending_tokens_answers_without_more(name: str) -> None:
+    this = made(name)
+    tokens = this.document(LENGTH)
+    with this.open() as runtime:
+        whole = runtime.run(tokens, alignment="left")
+        again = runtime.run(np.empty(0, np.int64), state=whole.state, alignment="left")
+        assert np.array_equal(again.logits, whole.logits)
+        assert np.array_equal(again.memory, whole.memory)
+        assert (again.tokens, again.segments) == (0, 1)
+        same_state(again.state, whole.state)
+
+
+def test_nothing_pending_and_nothing_new_is_an_empty_document() -> None:
+    this = made("gpt2")
+    with this.open() as runtime:
+        state = runtime.run(this.document(3 * S)).state
+        with pytest.raises(TokenError, match="has no token and the state that it goes on from has none pending"):
+            runtime.run(np.empty(0, np.int64), state=state)

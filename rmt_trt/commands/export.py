@@ -95,7 +95,7 @@ def export(
     verdict = "verified" if report.passed else "KEPT ALTHOUGH IT DRIFTS"
     screen.print(
         f"{target}: {verdict}, {size / 1e6:.1f} MB, in {time.perf_counter() - started:.1f} s. "
-        f"Try: rmt-run {target} tokens.npy"
+        f"Try: rmt-run {target} {'book.txt' if loaded.tokenizer else 'tokens.npy'}"
     )
 
 

@@ -20,12 +20,17 @@ def drift_table(report: Mapping[str, Any]) -> Table:
     for row in rows:
         number = row["segment"]
         if number & (number - 1) == 0 or row is rows[-1]:
-            table.add_row(str(number), str(row["tokens"]), f"{row['memory']:.1e}", f"{row['logits']:.1e}")
-    table.add_row("batch", "", f"{report['batch_memory']:.1e}", f"{report['batch_logits']:.1e}")
+            table.add_row(str(number), str(row["tokens"]), _figure(row["memory"]), _figure(row["logits"]))
+    table.add_row("batch", "", _figure(report["batch_memory"]), _figure(report["batch_logits"]))
+    effect = report["memory_effect"]
     verdict = "passed" if report["passed"] else "FAILED"
     table.caption = (
-        f"{verdict}: worst {report['worst']:.1e}, tolerance {report['tolerance']:.1e}; resetting the memory changes the "
-        f"last logits by {report['memory_effect']:.1%}"
+        f"{verdict}: worst {_figure(report['worst'])}, tolerance {report['tolerance']:.1e}; resetting the memory changes the "
+        f"last logits by {'an unknown share' if effect is None else format(effect, '.1%')}"
     )
     table.caption_justify = "left"
     return table
+
+
+def _figure(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.1e}"

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command
 from rmt_trt.commands.inputs import read_input
-from rmt_trt.errors import ContractError
+from rmt_trt.errors import ContractError, EngineError, TokenError
 from rmt_trt.files import check_target, write_file
 from rmt_trt.runtime import BatchResult, RMTRuntime, RunResult, Stream
 
@@ -53,6 +53,10 @@ def run(
     """
     if out is not None and out.suffix not in (".json", ".npz"):
         raise ContractError(f"--out is {out}; expected a name that ends in .json or .npz")
+    if logits == "all" and (out is None or out.suffix != ".npz"):
+        raise ContractError(
+            "--logits all gives a row for every token or segment, which goes into an array: add -o FILE.npz"
+        )
     for target in (out, save_state):
         if target is not None:  # said before the run, not behind it
             check_target(target)
@@ -80,8 +84,12 @@ def run(
         try:
             _drive(stream, screen, _total(tokens))
         except KeyboardInterrupt:
-            _say_interrupted(stream, save_state, skip, load_state, runtime, screen)
+            _keep("interrupted", stream, save_state, skip, load_state, runtime, screen)
             raise SystemExit(130) from None
+        except (TokenError, EngineError):
+            if save_state is not None:
+                _keep("stopped", stream, save_state, skip, load_state, runtime, screen)
+            raise
         result, seconds = stream.result, time.perf_counter() - started
         if save_state is not None:
             stream.state.save(save_state)
@@ -110,17 +118,24 @@ def _total(tokens: Any) -> int | None:
     return int(tokens.size) if isinstance(tokens, np.ndarray) else None
 
 
-def _say_interrupted(
-    stream: Stream, save_state: Path | None, skip: int, load_state: Path | None, runtime: RMTRuntime, screen: Console
+def _keep(
+    what: str,
+    stream: Stream,
+    save_state: Path | None,
+    skip: int,
+    load_state: Path | None,
+    runtime: RMTRuntime,
+    screen: Console,
 ) -> None:
+    """Saves the state of a run that was broken off, and says how to go on."""
     if save_state is None:
-        screen.print("interrupted; nothing was saved (--save-state FILE would have kept the state)")
+        screen.print(f"{what}; nothing was saved (--save-state FILE would have kept the state)")
         return
     state = stream.state
     state.save(save_state)
     before = runtime.load_state(load_state).tokens_read if load_state is not None else 0
     screen.print(
-        f"interrupted after {state.position} tokens of the document; the state is in {save_state}. Go on with: "
+        f"{what} after {state.position} tokens of the document; the state is in {save_state}. Go on with: "
         f"--load-state {save_state} --skip {skip + state.tokens_read - before}"
     )
 
@@ -171,10 +186,9 @@ def _write(result: RunResult | BatchResult, out: Path | None, facts: dict[str, A
 
 
 def _summary(runtime: RMTRuntime, result: RunResult | BatchResult, seconds: float) -> str:
-    many = isinstance(result, BatchResult)
     tokens = sum(result.tokens) if isinstance(result, BatchResult) else result.tokens
     segments = sum(result.segments) if isinstance(result, BatchResult) else result.segments
-    documents = f"{len(result)} documents, " if isinstance(result, BatchResult) and many else ""
+    documents = f"{len(result)} documents, " if isinstance(result, BatchResult) else ""
     return (
         f"{documents}{tokens:,} tokens, {segments:,} segments in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s on "
         f"{runtime.engine} ({runtime.dtype}), peak memory {peak_memory_mb():,.0f} MB"

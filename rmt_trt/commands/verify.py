@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rmt_trt.bundle import Bundle
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
 from rmt_trt.commands.report import drift_table
-from rmt_trt.errors import FormatError, require
+from rmt_trt.errors import ContractError, FormatError, require
 from rmt_trt.files import check_target, write_file
+
+if TYPE_CHECKING:
+    from rmt_trt.model.checkpoint import LoadedModel
 
 app = new_app()
 
@@ -38,7 +42,6 @@ def verify(
         require(module, "export", "rmt-verify")
     from rmt_trt.export.verify import check_options, engine_reference, model_reference
     from rmt_trt.export.verify import verify as run_verification
-    from rmt_trt.model.checkpoint import LoadOptions, load_model
     from rmt_trt.runtime import RMTRuntime
 
     check_options(segments, tolerance)
@@ -46,26 +49,20 @@ def verify(
         check_target(out)
     opened = Bundle(bundle)
     checkpoint = model or _checkpoint_beside(opened)
-    runtime = RMTRuntime(bundle, engine=engine, dtype=dtype, device=device)
-    if checkpoint is not None:
-        # What the export was told to read otherwise than the checkpoint says, the reference reads so too.
-        spec = opened.spec
-        loaded = load_model(checkpoint, LoadOptions(alignment=spec.alignment, drop_ids=spec.dropped_ids))
-        if loaded.spec.fingerprint != spec.fingerprint:
-            raise FormatError(
-                f"{checkpoint} holds other weights than {bundle} was exported from. Give the right checkpoint (--model), or "
-                f"export again"
-            )
-        reference, name = model_reference(loaded.model), "PyTorch recurrence"
-    elif runtime.engine == "cpu" and runtime.dtype == "fp32":
-        raise FormatError(
-            f"{bundle} was exported from {opened.manifest.source.get('file', 'a model')!r}, which is not beside it. Give the "
-            f"checkpoint with --model (of a published one, a model.pt written by rmt-export --save-model)"
-        )
-    else:
-        reference, name = engine_reference(RMTRuntime(bundle, engine="cpu", dtype="fp32")), "fp32 graph on the CPU"
     screen = console()
-    with runtime, stage_progress(screen) as bars:
+    with ExitStack() as stack:
+        runtime = stack.enter_context(RMTRuntime(bundle, engine=engine, dtype=dtype, device=device))
+        if checkpoint is not None:
+            reference, name = model_reference(_same_model(checkpoint, opened).model), "PyTorch recurrence"
+        elif runtime.engine == "cpu" and runtime.dtype == "fp32":
+            raise FormatError(
+                f"{bundle} was exported from {opened.manifest.source.get('file', 'a model')!r}, which is not beside it. Give "
+                f"the checkpoint with --model (of a published one, a model.pt written by rmt-export --save-model)"
+            )
+        else:
+            exact = stack.enter_context(RMTRuntime(bundle, engine="cpu", dtype="fp32"))
+            reference, name = engine_reference(exact), "fp32 graph on the CPU"
+        bars = stack.enter_context(stage_progress(screen))
         task = bars.add_task(f"verifying on {runtime.engine}", total=None)
         report = run_verification(
             runtime, reference, segments, tolerance, seed, name,
@@ -75,6 +72,28 @@ def verify(
     if out is not None:
         write_file(out, (json.dumps(report.to_json(), indent=2) + "\n").encode())
     report.require()
+
+
+def _same_model(checkpoint: Path, bundle: Bundle) -> LoadedModel:
+    """The checkpoint, read as the bundle was: what the export was told otherwise holds for the reference too."""
+    from rmt_trt.model.checkpoint import LoadOptions, load_model
+
+    spec = bundle.spec
+    try:
+        loaded = load_model(checkpoint, LoadOptions(alignment=spec.alignment, drop_ids=spec.dropped_ids))
+    except (ContractError, FormatError) as err:
+        if checkpoint.suffix == ".pt":
+            raise
+        raise FormatError(
+            f"{err}. rmt-verify reads a model.pt: write one with rmt-export {checkpoint} --save-model model.pt and the flags "
+            f"of the export"
+        ) from err
+    if loaded.spec.fingerprint != spec.fingerprint:
+        raise FormatError(
+            f"{checkpoint} holds other weights than {bundle.path} was exported from. Give the right checkpoint (--model), or "
+            f"export again"
+        )
+    return loaded
 
 
 def _checkpoint_beside(bundle: Bundle) -> Path | None:

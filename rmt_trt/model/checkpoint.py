@@ -17,9 +17,9 @@ import transformers
 
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.files import atomic_file, read_bounded
+from rmt_trt.files import read_bounded
 from rmt_trt.model.config import ModelConfig
-from rmt_trt.model.files import Stored, names_of, read_stored, state_dict_of
+from rmt_trt.model.files import Stored, names_of, read_stored, state_dict_of, write_value
 from rmt_trt.model.lora import has_lora
 from rmt_trt.model.published import assemble, take_apart
 from rmt_trt.model.settings import LoadOptions, gather
@@ -78,11 +78,7 @@ def save_model(path: Path | str, model: RMTModel, tokenizer: str | None = None) 
         "tokenizer": None if tokenizer is None else _check_tokenizer(tokenizer, "the tokenizer"),
         "made_by": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }
-    try:
-        with atomic_file(Path(path)) as temporary:
-            torch.save(value, temporary)
-    except RuntimeError as err:  # torch reports a full disk as one
-        raise FormatError(f"cannot write {path}: {err}. Nothing was left behind; choose another place") from err
+    write_value(Path(path), value)
 
 
 def _load_own(file: Path, value: Mapping[str, Any], options: LoadOptions) -> LoadedModel:

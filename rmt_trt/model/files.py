@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rmt_trt.errors import FormatError
-from rmt_trt.files import read_json
+from rmt_trt.files import atomic_file, read_json
 
 MAX_JSON_BYTES = 1 << 26
 MAX_SHARDS = 4096
@@ -252,3 +252,12 @@ def names_of(keys: Iterable[object]) -> str:
     """The first few names of a file for a message, without control characters that a terminal would obey."""
     listed = ["".join(c if c.isprintable() else "?" for c in str(key)[:80]) for key in keys]
     return ", ".join(listed[:5]) + (f", ... ({len(listed)} in all)" if len(listed) > 5 else "") if listed else "none"
+
+
+def write_value(path: Path, value: dict[str, Any]) -> None:
+    """Writes what `torch.load(weights_only=True)` reads, atomically. Errors: FormatError."""
+    try:
+        with atomic_file(path) as temporary:
+            torch.save(value, temporary)
+    except RuntimeError as err:  # torch reports a full disk as one
+        raise FormatError(f"cannot write {path}: {err}. Nothing was left behind; choose another place") from err

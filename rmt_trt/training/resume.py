@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from rmt_trt.errors import FormatError
-from rmt_trt.files import atomic_file
-from rmt_trt.model.files import read_file
+from rmt_trt.model.files import read_file, write_value
 from rmt_trt.training.loop import Run, start
 from rmt_trt.training.options import Curriculum, TrainOptions
 
@@ -43,8 +42,7 @@ def save_run(path: Path, run: Run) -> None:
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         },
     }
-    with atomic_file(path) as temporary:
-        torch.save(value, temporary)
+    write_value(path, value)
 
 
 def load_run(path: Path, device: torch.device) -> Run:
