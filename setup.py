@@ -65,6 +65,7 @@ setup(
     extras_require=EXTRAS,
     entry_points={"console_scripts": [f"rmt-{name} = rmt_trt.commands.{name}:main" for name in COMMANDS]},
     classifiers=[
+        "Operating System :: POSIX",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
