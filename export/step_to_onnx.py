@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
-from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.files import sync
+from rmt_trt.errors import ContractError
+from rmt_trt.files import cannot_write, sync
 from rmt_trt.initial_state import to_metadata
 from rmt_trt.model.step import fingerprint
 
@@ -73,9 +73,7 @@ def _save(program: Any, path: Path, external_data: bool) -> None:
                 sync(file)
                 os.replace(file, path.with_name(file.name))
     except OSError as err:
-        raise FormatError(
-            f"cannot write {path}: {err.strerror or err}. Free some space or choose another place"
-        ) from err
+        raise cannot_write(path, err) from err
 
 
 def initial_values(step: nn.Module, spec: StepSpec, initial: Mapping[str, Any] | None) -> dict[str, np.ndarray]:

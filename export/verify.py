@@ -127,7 +127,7 @@ def verify(
         rows=tuple(rows),
         batch_memory=worst[0],
         batch_logits=worst[1],
-        memory_effect=_memory_effect(runtime, document, last),
+        memory_effect=memory_effect(runtime, document, last),
     )
 
 
@@ -188,12 +188,12 @@ def engine_reference(runtime: RMTRuntime) -> Reference:
     return run
 
 
-def _memory_effect(runtime: RMTRuntime, document: np.ndarray, last: Piece | None) -> float:
-    """Relative change of the last segment's logits when that segment starts from the initial memory instead."""
-    if last is None:
+def memory_effect(runtime: RMTRuntime, document: np.ndarray, last: Piece | None) -> float:
+    """Relative change of the logits of a document's last piece when its segment starts from the initial memory."""
+    if last is None or last.logits is None:
         return 0.0
     reset = next(runtime.stream(document[last.start : last.stop], alignment="left")).logits
-    return relative_error(reset, last.logits) if reset is not None and last.logits is not None else 0.0
+    return relative_error(reset, last.logits) if reset is not None else 0.0
 
 
 def _compare_batch(runtime: RMTRuntime, reference: Reference, batch: list[np.ndarray]) -> tuple[float, float]:

@@ -33,7 +33,7 @@ def check_target(path: Path) -> None:
                 f"cannot write {path}: {path.parent} is no folder that can be written. Choose another place"
             )
     except OSError as err:
-        raise _cannot_write(path, err) from err
+        raise cannot_write(path, err) from err
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as err:
-        raise _cannot_write(path, err) from err
+        raise cannot_write(path, err) from err
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -72,7 +72,7 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as err:
-        raise _cannot_write(path, err) from err
+        raise cannot_write(path, err) from err
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -92,7 +92,7 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
             os.rename(temporary, path)
         sync_folder(path.parent)
     except OSError as err:
-        raise _cannot_write(path, err) from err
+        raise cannot_write(path, err) from err
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -147,7 +147,8 @@ def sync_folder(path: Path) -> None:
         sync(path)
 
 
-def _cannot_write(path: Path, err: OSError) -> FormatError:
+def cannot_write(path: Path, err: OSError) -> FormatError:
+    """The error of a file or folder that was not written, and not left half either."""
     return FormatError(
         f"cannot write {path}: {err.strerror or err}. Nothing was left behind; free some space or choose another place"
     )

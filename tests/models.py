@@ -102,13 +102,14 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
 
 
 def make_model(name: str, seed: int = 0, **changes: Any) -> RMTModel:
-    """A random model. Matrices are four times what a fresh one has, so that the text and the memory matter."""
+    """A random model. Matrices are four or five times what a fresh one has, so that the text and the memory matter."""
     torch.manual_seed(seed)
     model = build_model(model_config(name, **changes))
+    scale = 5 if name in ENCODERS else 4
     with torch.no_grad():
         for parameter in {id(p): p for p in model.backbone.parameters()}.values():
             if parameter.ndim == 2:
-                parameter.mul_(4)
+                parameter.mul_(scale)
         model.memory.normal_()
     return model
 
