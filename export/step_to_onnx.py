@@ -21,7 +21,7 @@ from rmt_trt.files import cannot_write, sync
 from rmt_trt.initial_state import to_metadata
 from rmt_trt.model.step import fingerprint
 
-# Opset 20 is read by every engine at hand: ONNX Runtime, TensorRT 10 and 11, TensorRT-RTX, in fp32 and fp16. Opset 23
+# Opset 20 runs in ONNX Runtime and is documented to be read by TensorRT 10, 11 and RTX, in fp32 and fp16. Opset 23
 # has a standard Attention node, which TensorRT builders refuse in fp32 without being told to decompose it.
 OPSET = 20
 # A protobuf file ends at 2 GiB; the graph itself needs some of it.

@@ -20,9 +20,9 @@ DOCUMENT = 3 * S + 7
 Steps = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
-def effect_of(runtime: RMTRuntime, document: np.ndarray) -> float:
+def effect_of(runtime: RMTRuntime, document: np.ndarray, alignment: str | None = None) -> float:
     """By how much the last segment's logits change when its memory is reset."""
-    return memory_effect(runtime, document, list(runtime.stream(document))[-1])
+    return memory_effect(runtime, document, list(runtime.stream(document, alignment=alignment))[-1])
 
 
 def error_alone(this: Made, runtime: RMTRuntime, length: int, alignment: str) -> float:
@@ -47,8 +47,9 @@ def test_resetting_the_memory_changes_the_logits_by_more_than_one_percent(name: 
     this = made(name)
     assert this.report.memory_effect > MEMORY_EFFECT
     with this.open() as runtime:
-        for length in (S + 1, DOCUMENT, 19 * S + 3):
-            assert effect_of(runtime, this.document(length)) > MEMORY_EFFECT
+        for alignment in ALIGNMENTS:
+            for length in (length for length in LENGTHS if length > S):  # a shorter one has no memory to reset
+                assert effect_of(runtime, this.document(length), alignment) > MEMORY_EFFECT, (length, alignment)
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)

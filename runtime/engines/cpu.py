@@ -92,13 +92,9 @@ class CPUEngine:
     dtype = DTYPE
 
     def __init__(self, session: Any, spec: StepSpec) -> None:
-        ort = library()
         self._session = session
         self._spec = spec
         self._states = [state.output for state in spec.states]
-        # A graph computes all its outputs unless told otherwise: without the logits, the head is not paid for.
-        self._without_logits = ort.RunOptions()
-        self._without_logits.only_execute_path_to_fetches = True
 
     def load(self, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
         return tuple(
@@ -117,7 +113,7 @@ class CPUEngine:
         feeds = dict(zip(self._spec.inputs, (*states, segment), strict=True))
         try:
             if not logits:
-                return tuple(self._session.run(self._states, feeds, self._without_logits)), None
+                return tuple(self._session.run(self._states, feeds)), None
             *new, rows = self._session.run([*self._states, LOGITS], feeds)
         except Exception as err:  # see open_session
             raise EngineError(f"ONNX Runtime failed in a step of shape {segment.shape}: {_one_line(err)}") from err
