@@ -21,7 +21,7 @@ import numpy as np
 
 import rmt_trt
 from rmt_trt import initial_state
-from rmt_trt.contract import DTYPES, ENGINES, StepSpec
+from rmt_trt.contract import DTYPES, ENGINES, HEADS, StepSpec
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.files import atomic_file, atomic_folder, checked_path, read_bounded, read_json, sha256, write_file
 
@@ -33,8 +33,8 @@ STEP = "step.onnx"
 INITIAL = "initial_state.safetensors"
 TOKENIZER = "tokenizer.json"
 REPORT = "verification.json"
-ROLES = ("step", "prefill", "decode")
-HEADS = ("all", "last", "loglik", "none")
+# "step" takes any batch of unequal lengths; "full" takes segments of S tokens only, and masks nothing.
+ROLES = ("step", "full", "prefill", "decode")
 
 MANIFEST_LIMIT = 16 << 20
 TOKENIZER_LIMIT = 256 << 20

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -37,6 +37,8 @@ FORMS = ("encoder", "decoder", "custom")
 STATE_DTYPES = ("float32", "float16")
 ENGINES = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "torch")
 DTYPES = ("fp32", "fp16", "bf16", "int8", "fp8")
+Head = Literal["none", "last", "all", "loglik"]
+HEADS: tuple[Head, ...] = ("none", "last", "all", "loglik")
 
 # A spec comes from a stranger's file: no number in it is believed beyond these.
 MAX_SEGMENT_LENGTH = 1 << 20
@@ -167,12 +169,26 @@ class StepSpec:
             raise ContractError(f"step spec is incomplete: {err}") from err
 
 
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a step says besides its states.
+
+    rows    float32. Head "all": (batch, c), or (batch, s, v) with rows at padding that mean nothing. "last" and
+            "loglik": (batch, c) or (batch, v), of each document's last text token
+    scores  head "loglik": (batch, s), log-likelihood of each token given those before it in the segment, in nats; nan
+            in the first column, whose token the previous segment's last row scores, and at padding
+    """
+
+    rows: Any
+    scores: np.ndarray | None = None
+
+
 class Engine(Protocol):
     """What runs a step. Engines hold no document's state: they map states in to states out.
 
     `States` are opaque to the driver: numpy arrays on a CPU, device buffers on a GPU, one per state of the spec,
-    first axis batch. The States that a step was handed keep their values until those that it gave are stepped in turn;
-    then their memory is the engine's again. An engine is called by one thread at a time.
+    first axis batch. They are values: nothing that is called later changes them. An engine is called by one thread at
+    a time.
     """
 
     name: str
@@ -184,11 +200,18 @@ class Engine(Protocol):
     def fetch(self, states: Any) -> tuple[np.ndarray, ...]:
         """States -> host arrays (batch, *shape) that the caller owns."""
 
-    def take(self, states: Any, rows: np.ndarray) -> Any:
-        """The States of some rows, in the order of `rows` (int64)."""
+    def share(self, states: Any) -> tuple[Any, ...]:
+        """States -> arrays (batch, *shape) that speak DLPack, where they lie; they live as long as the caller keeps them."""
 
-    def step(self, states: Any, segment: np.ndarray, logits: bool) -> tuple[Any, np.ndarray | None]:
-        """One step. segment (batch, s) int64; logits float32, or None if not wanted."""
+    def take(self, parts: Sequence[Any], rows: np.ndarray) -> Any:
+        """The States of some rows, in the order of `rows` (int64), counted through `parts` one after another."""
+
+    def step(self, states: Any, segment: np.ndarray, head: Head, host: bool = True) -> tuple[Any, Answer | None]:
+        """One step. segment (batch, s) int64, 1 <= s <= S; None with head "none". host=False leaves the rows where they
+        are computed, as arrays that speak DLPack."""
+
+    def steps(self, states: Any, segments: np.ndarray) -> Any:
+        """Steps through full segments (n, batch, S) int64 without a head; returns before a GPU is done with them."""
 
     def close(self) -> None:
         """Releases everything; called once."""
