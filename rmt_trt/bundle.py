@@ -1,7 +1,7 @@
 """The bundle `NAME.rmt/`: what travels from the training side to the serving side. `docs/bundle.md` describes it.
 
 `manifest.json` names every other file with size and SHA-256; files that it does not name are ignored. A new bundle
-is written in a temporary folder and renamed. An addition writes its file, syncs it, then replaces the manifest last,
+is written in a temporary folder and renamed. An addition writes its files, syncs them, then replaces the manifest last,
 under a lock. Loading trusts nothing: sizes before reading, hashes before use, paths inside the folder, no pickle.
 """
 
@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +23,7 @@ import rmt_trt
 from rmt_trt import initial_state
 from rmt_trt.contract import DTYPES, ENGINES, HEADS, StepSpec
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.files import atomic_file, atomic_folder, checked_path, read_bounded, read_json, sha256, write_file
+from rmt_trt.files import atomic_file, atomic_folder, checked_path, read_bounded, read_json, sha256, sync, write_file
 
 FORMAT = "rmt-trt-bundle"
 FORMAT_VERSION = 1
@@ -247,43 +247,90 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def add_file(path: Path, name: str, source: Path, graph: GraphEntry | None = None, **changes: Any) -> Bundle:
-    """Adds a file (copied from `source`) to an existing bundle, then replaces its manifest, under a lock.
+    """Adds one file, copied from `source`, and maybe lists it as a graph: `add_files` for the least of cases."""
+    return add_files(path, {name: source}, (graph,) if graph else (), **changes)
 
-    `graph` lists it as a graph; `changes` replace fields of the manifest. Errors: FormatError.
+
+def add_files(
+    path: Path,
+    files: Mapping[str, Path],
+    graphs: Sequence[GraphEntry] = (),
+    drop: Callable[[GraphEntry], bool] = lambda graph: False,
+    **changes: Any,
+) -> Bundle:
+    """Adds files and graphs to an existing bundle as one change, under a lock.
+
+    files    name inside the bundle -> the file that is copied there; one that the bundle has is replaced, and the
+             graphs that read it are no longer listed
+    graphs   what is listed in addition
+    drop     says of a listed graph that it goes; so do its files, where no other graph reads them
+    changes  fields of the manifest; a function is given the field's old value and returns the new one
+
+    New files are written whole before anything is changed, so a full disk leaves the bundle as it was. Then the
+    manifest forgets what is replaced or dropped, the files take their places, and the manifest that names them comes
+    last: a run that dies leaves a bundle that can be read. Errors: FormatError.
     """
-    _safe_name(name, path)
-    if not path.is_dir() or not source.is_file():
-        raise FormatError(f"cannot add {source} to {path}: expected a file and a bundle. Check both paths")
+    for name, source in files.items():
+        _safe_name(name, path)
+        if not path.is_dir() or not source.is_file():
+            raise FormatError(f"cannot add {source} to {path}: expected a file and a bundle. Check both paths")
+    if not path.is_dir():
+        raise FormatError(f"{path} is no folder; expected a bundle written by rmt-export")
     try:
         with filelock.FileLock(path / LOCK, timeout=LOCK_SECONDS):
             old = Bundle(path).manifest
-            if name in old.files:
-                # A run that dies in between must not leave a file that its manifest contradicts.
-                old = _without(old, name, path)
-                write_file(path / MANIFEST, old.to_json().encode())
-            target = path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(target) as temporary, source.open("rb") as reader, temporary.open("wb") as writer:
-                while block := reader.read(1 << 20):
-                    writer.write(block)
-            files = {**old.files, name: FileEntry(target.stat().st_size, sha256(target))}
-            graphs = (*old.graphs, graph) if graph else old.graphs
-            manifest = replace(old, files=files, graphs=graphs, **changes)
+            kept = _without(old, files, drop, path)
+            with contextlib.ExitStack() as places:  # each file is renamed to its place when the stack is left
+                added = {name: _place(path, name, source, places) for name, source in files.items()}
+                if kept != old:
+                    # A run that dies in between must not leave a file that its manifest contradicts.
+                    write_file(path / MANIFEST, kept.to_json().encode())
+            values = {name: new(getattr(kept, name)) if callable(new) else new for name, new in changes.items()}
+            manifest = replace(kept, files={**kept.files, **added}, graphs=(*kept.graphs, *graphs), **values)
             write_file(path / MANIFEST, manifest.to_json().encode())
+            _remove(path, set(old.files) - set(manifest.files))
     except filelock.Timeout as err:
         raise FormatError(f"{path} is being written by another process; try again when it is done") from err
     except OSError as err:
-        raise FormatError(f"cannot add {name} to {path}: {err.strerror or err}. The bundle is what it was") from err
+        names = ", ".join(files) or MANIFEST
+        raise FormatError(f"cannot add {names} to {path}: {err.strerror or err}. The bundle is what it was") from err
     return Bundle(path)
 
 
-def _without(manifest: Manifest, name: str, where: Path) -> Manifest:
-    """The manifest without a file and the graphs that read it."""
-    graphs = tuple(graph for graph in manifest.graphs if name not in (graph.file, *graph.data))
-    if name == INITIAL or not any(graph.role == "step" for graph in graphs):
-        raise FormatError(f"{where} cannot do without {name}, so it is not replaced there. Export the model again")
-    files = {other: entry for other, entry in manifest.files.items() if other != name}
-    return replace(manifest, files=files, graphs=graphs)
+def _without(old: Manifest, names: Collection[str], drop: Callable[[GraphEntry], bool], where: Path) -> Manifest:
+    """The manifest without files that are replaced, the graphs that read them, and the graphs that are dropped."""
+    dropped = [graph for graph in old.graphs if drop(graph)]
+    graphs = tuple(g for g in old.graphs if g not in dropped and not any(name in names for name in (g.file, *g.data)))
+    used = {INITIAL, STEP, *(name for graph in graphs for name in (graph.file, *graph.data))}
+    gone = {name for graph in dropped for name in (graph.file, *graph.data)} - used
+    needed = [name for name in names if name in (INITIAL, STEP)]
+    if needed or not any(graph.role == "step" for graph in graphs):
+        what = needed[0] if needed else "its graphs of role 'step'"
+        raise FormatError(f"{where} cannot do without {what}, so it is not replaced there. Export the model again")
+    files = {name: entry for name, entry in old.files.items() if name not in names and name not in gone}
+    return replace(old, files=files, graphs=graphs)
+
+
+def _place(path: Path, name: str, source: Path, places: contextlib.ExitStack) -> FileEntry:
+    """Copies a file beside its place; leaving `places` renames it there."""
+    target = path / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.resolve().is_relative_to(path.resolve()) or target.is_symlink():
+        raise FormatError(f"{target} leads out of the bundle through a link; nothing is written there. Remove the link")
+    temporary = places.enter_context(atomic_file(target))
+    with source.open("rb") as reader, temporary.open("wb") as writer:
+        while block := reader.read(1 << 20):
+            writer.write(block)
+    sync(temporary)
+    return FileEntry(temporary.stat().st_size, sha256(temporary))
+
+
+def _remove(path: Path, names: Collection[str]) -> None:
+    """Removes files that no manifest names any more; one that stays behind is ignored by every reader."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            if (path / name).parent.resolve().is_relative_to(path.resolve()):
+                (path / name).unlink()
 
 
 def made_by(**versions: str) -> dict[str, str]:
