@@ -16,6 +16,7 @@ ROOMS = {
     "rmt_trt.training": "rmt_trt/training",
     "rmt_trt.commands": "rmt_trt/commands",
     "rmt_trt.export": "export",
+    "rmt_trt.export.fused": "export/fused",
     "rmt_trt.runtime": "runtime",
     "rmt_trt.runtime.engines": "runtime/engines",
     "rmt_trt.calibration": "calibration",

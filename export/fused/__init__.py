@@ -1,0 +1,86 @@
+"""Graphs with fused nodes for ONNX Runtime's CUDA provider, written from a model's weights.
+
+A graph is written per role and head; all of a dtype share one file of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rmt_trt.bundle import GraphEntry
+from rmt_trt.contract import StepSpec
+from rmt_trt.errors import ContractError
+from rmt_trt.export.fused.decoder import decoder_step
+from rmt_trt.export.fused.encoder import encoder_step
+from rmt_trt.export.fused.graph import FLOATS, OPSET, Graph, Weights
+from rmt_trt.export.fused.layers import CannotFuse, backbone_of
+from rmt_trt.initial_state import to_metadata
+from rmt_trt.model.step import RMTModel
+
+__all__ = ["CannotFuse", "FusedGraphs", "fused_graphs"]
+
+ROLES = ("full", "step")
+HEADS = {"classifier": ("none", "all"), "lm": ("none", "last", "all", "loglik")}
+
+
+@dataclass(frozen=True)
+class FusedGraphs:
+    """entries: the files that were written, by role and head. fused: what one node does in place of several, counted
+    in one step."""
+
+    entries: tuple[GraphEntry, ...]
+    fused: dict[str, int]
+
+
+def fused_graphs(model: RMTModel, spec: StepSpec, dtype: str, folder: Path, grouped: bool | None = None) -> FusedGraphs:
+    """Writes `cuda-DTYPE-ROLE-HEAD.onnx` for every role and head, and `cuda-DTYPE.data`, into a folder.
+
+    The graphs take segments of exactly S places, padded with -1 in role "step". Inputs and outputs are those of the
+    contract, states in float32.
+    grouped  whether attention with rotary positions may be GroupQueryAttention, which the CUDA provider has for half
+             precision only; None takes what fits the dtype
+
+    Errors: CannotFuse, when a backbone has something that no fused node knows.
+    """
+    if dtype not in FLOATS:
+        raise ContractError(f"dtype is {dtype!r}; graphs with fused nodes are written in {', '.join(FLOATS)}")
+    if any(state.dtype != "float32" for state in spec.states):
+        raise CannotFuse("the step carries its memory in float16, and fused graphs carry it in float32")
+    backbone = backbone_of(model)
+    metadata = to_metadata(spec, {"memory": model.memory.detach().numpy()})
+    weights = Weights(folder / f"cuda-{dtype}.data", dtype)
+    try:
+        written = [
+            _write(
+                model,
+                spec,
+                backbone,
+                weights,
+                role,
+                head,
+                folder,
+                metadata,
+                dtype != "fp32" if grouped is None else grouped,
+            )
+            for role in ROLES
+            for head in HEADS[spec.logits]
+        ]
+    finally:
+        weights.close()
+    return FusedGraphs(tuple(entry for entry, _ in written), written[0][1])
+
+
+def _write(
+    model: RMTModel, spec: StepSpec, backbone: Any, weights: Weights, role: str, head: str, folder: Path,
+    metadata: Mapping[str, str], grouped: bool,
+) -> tuple[GraphEntry, dict[str, int]]:  # fmt: skip
+    graph = Graph(weights, grouped)
+    step = encoder_step if spec.form == "encoder" else decoder_step
+    step(graph, model.config, spec, backbone, role, head)
+    name = f"cuda-{weights.dtype}-{role}-{head}.onnx"
+    graph.save(folder / name, metadata)
+    entry = GraphEntry(name, role, "cuda", weights.dtype, head, OPSET, (weights.path.name,))
+    return entry, dict(graph.fused)

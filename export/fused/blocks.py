@@ -1,0 +1,186 @@
+"""Parts of a layer as ONNX Runtime's fused nodes: attention, norms with their residual sum, activations with their bias.
+
+Norms and softmax compute in float32 inside these kernels, whatever the graph's dtype.
+Source of the nodes: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from rmt_trt.export.fused.graph import MICROSOFT, Graph
+from rmt_trt.export.fused.layers import EXACT_GELU, RELU, SILU, TANH, TANH_GELU, Backbone, Layer, Linear, Norm
+
+# GroupQueryAttention rotates in vectors of 8 pairs; other heads go the long way.
+ROTARY_PAIRS = 8
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where a layer's weights stand in the file of weights."""
+
+    prefix: str
+
+    def __call__(self, name: str) -> str:
+        return f"{self.prefix}.{name}"
+
+
+def product(graph: Graph, value: ir.Value, linear: Linear, name: str) -> ir.Value:
+    """Rows times a matrix, without its bias."""
+    return graph.node("MatMul", value, graph.weight(f"{name}.weight", linear.weight))
+
+
+def linear(graph: Graph, value: ir.Value, matrix: Linear, name: str) -> ir.Value:
+    """Rows times a matrix, with its bias if it has one."""
+    out = product(graph, value, matrix, name)
+    if matrix.bias is None:
+        return out
+    return graph.node("Add", out, graph.weight(f"{name}.bias", matrix.bias))
+
+
+def norm(graph: Graph, value: ir.Value, by: Norm, name: str) -> ir.Value:
+    """A norm by itself."""
+    weight = graph.weight(f"{name}.weight", by.weight)
+    if by.rms:
+        return graph.node("SimplifiedLayerNormalization", value, weight, axis=-1, epsilon=by.eps, stash_type=1)
+    bias = None if by.bias is None else graph.weight(f"{name}.bias", by.bias)
+    return graph.node("LayerNormalization", value, weight, bias, axis=-1, epsilon=by.eps)
+
+
+def skip_norm(
+    graph: Graph, value: ir.Value, skip: ir.Value, bias: ir.Value | None, by: Norm, name: str, total: bool = False
+) -> list[ir.Value]:
+    """[norm(value + skip + bias)], and with `total` the sum too: one node."""
+    weight = graph.weight(f"{name}.weight", by.weight)
+    wanted = (True, False, False, True) if total else (True,)
+    if by.rms:
+        return graph.nodes(
+            "SkipSimplifiedLayerNormalization", value, skip, weight, bias,
+            wanted=wanted, domain=MICROSOFT, fused="skip-norm", epsilon=by.eps,
+        )  # fmt: skip
+    beta = None if by.bias is None else graph.weight(f"{name}.bias", by.bias)
+    return graph.nodes(
+        "SkipLayerNormalization", value, skip, weight, beta, bias,
+        wanted=wanted, domain=MICROSOFT, fused="skip-norm", epsilon=by.eps,
+    )  # fmt: skip
+
+
+def activation(graph: Graph, value: ir.Value, kind: str) -> ir.Value:
+    """An activation by itself."""
+    if kind == EXACT_GELU:
+        return graph.node("Gelu", value, domain=MICROSOFT)
+    if kind == TANH_GELU:
+        return graph.node("FastGelu", value, domain=MICROSOFT)
+    if kind == SILU:
+        return graph.node("QuickGelu", value, domain=MICROSOFT, alpha=1.0)
+    return graph.node({RELU: "Relu", TANH: "Tanh"}[kind], value)
+
+
+def mlp(graph: Graph, value: ir.Value, layer: Layer, kind: str, name: Names) -> ir.Value:
+    """Both products and the activation between them; the bias of the second goes into the norm that follows."""
+    if layer.gate is not None:
+        gate = activation(graph, linear(graph, value, layer.gate, name("gate")), kind)
+        graph.fused["silu"] += kind == SILU
+        inner = graph.node("Mul", gate, linear(graph, value, layer.up, name("up")))
+    elif layer.up.bias is not None and kind in (EXACT_GELU, TANH_GELU):
+        op = "BiasGelu" if kind == EXACT_GELU else "FastGelu"
+        bias = graph.weight(name("up.bias"), layer.up.bias)
+        inner = graph.node(op, product(graph, value, layer.up, name("up")), bias, domain=MICROSOFT, fused="bias+gelu")
+    else:
+        inner = activation(graph, linear(graph, value, layer.up, name("up")), kind)
+    return product(graph, inner, layer.down, name("down"))
+
+
+def packed(layer: Layer) -> Linear:
+    """Query, key and value as one matrix (d, (h + 2 g) * head size)."""
+    parts = (layer.query, layer.key, layer.value)
+    weight = torch.cat([part.weight for part in parts], dim=1)
+    if all(part.bias is None for part in parts):
+        return Linear(weight)
+    biases = [weight.new_zeros(p.weight.shape[1]) if p.bias is None else p.bias for p in parts]
+    return Linear(weight, torch.cat(biases))
+
+
+def self_attention(
+    graph: Graph, value: ir.Value, layer: Layer, backbone: Backbone, name: Names, lengths: ir.Value | None, causal: bool
+) -> ir.Value:
+    """Products of query, key and value and attention over them, in one node. lengths: valid positions of each row."""
+    both = packed(layer)
+    bias = both.bias if both.bias is not None else both.weight.new_zeros(both.weight.shape[1])
+    return graph.node(
+        "Attention",
+        value,
+        graph.weight(name("qkv.weight"), both.weight),
+        graph.weight(name("qkv.bias"), bias),
+        lengths,
+        domain=MICROSOFT,
+        fused="attention",
+        num_heads=backbone.heads,
+        unidirectional=int(causal),
+    )
+
+
+def rotary_attention(
+    graph: Graph, value: ir.Value, layer: Layer, backbone: Backbone, name: Names, length: int, last: ir.Value
+) -> ir.Value:
+    """Causal attention with rotary positions and grouped queries. last (batch,) int32: length - 1 of every row."""
+    assert backbone.rotary is not None
+    cos, sin = (graph.weight(f"rotary.{n}", t) for n, t in zip(("cos", "sin"), backbone.rotary, strict=True))
+    both = packed(layer)
+    qkv = linear(graph, value, both, name("qkv"))
+    inputs: tuple[ir.Value | None, ...] = (qkv, None, None)
+    if grouped_kernel(graph, backbone):
+        if layer.query_norm is not None:
+            inputs = _normed(graph, qkv, layer, backbone, name)
+        return graph.nodes(
+            "GroupQueryAttention", *inputs, None, None, last, graph.constant(length, np.int32), cos, sin,
+            wanted=(True, True, True), domain=MICROSOFT, fused="rotary attention",
+            num_heads=backbone.heads, kv_num_heads=backbone.kv_heads, do_rotary=1, rotary_interleaved=0,
+        )[0]  # fmt: skip
+    query, key, content = _normed(graph, qkv, layer, backbone, name)
+    places = graph.constant([0])  # the first position; the others follow
+    rotate = {"domain": MICROSOFT, "rotary_embedding_dim": 2 * backbone.rotary[0].shape[1]}
+    if rotate["rotary_embedding_dim"] == backbone.head_size:
+        rotate["rotary_embedding_dim"] = 0  # the whole head
+    query = graph.node("RotaryEmbedding", query, places, cos, sin, num_heads=backbone.heads, **rotate)
+    key = graph.node("RotaryEmbedding", key, places, cos, sin, num_heads=backbone.kv_heads, **rotate)
+    if backbone.heads != backbone.kv_heads:
+        key, content = (_repeat(graph, part, backbone) for part in (key, content))
+    return graph.node(
+        "MultiHeadAttention", query, key, content,
+        domain=MICROSOFT, fused="attention", num_heads=backbone.heads, unidirectional=1,
+    )  # fmt: skip
+
+
+def grouped_kernel(graph: Graph, backbone: Backbone) -> bool:
+    """Whether GroupQueryAttention takes it: half precision on a GPU, heads of whole rotary vectors."""
+    return graph.grouped and backbone.rotary is not None and backbone.rotary[0].shape[1] % ROTARY_PAIRS == 0
+
+
+def _normed(
+    graph: Graph, qkv: ir.Value, layer: Layer, backbone: Backbone, name: Names
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Query, key and value apart, the first two normed head by head where the backbone does that (Qwen3)."""
+    sizes = [count * backbone.head_size for count in (backbone.heads, backbone.kv_heads, backbone.kv_heads)]
+    query, key, value = graph.nodes("Split", qkv, graph.constant(sizes), wanted=(True,) * 3, axis=-1)
+    if layer.query_norm is not None and layer.key_norm is not None:
+        query = _per_head(graph, query, layer.query_norm, backbone.heads, backbone.head_size, name("query_norm"))
+        key = _per_head(graph, key, layer.key_norm, backbone.kv_heads, backbone.head_size, name("key_norm"))
+    return query, key, value
+
+
+def _per_head(graph: Graph, value: ir.Value, by: Norm, heads: int, size: int, name: str) -> ir.Value:
+    split = graph.node("Reshape", value, graph.constant([0, 0, heads, size]))
+    return graph.node("Reshape", norm(graph, split, by, name), graph.constant([0, 0, heads * size]))
+
+
+def _repeat(graph: Graph, value: ir.Value, backbone: Backbone) -> ir.Value:
+    """(batch, length, g * head size) -> (batch, length, h * head size), each group's head repeated in place."""
+    groups, size = backbone.kv_heads, backbone.head_size
+    apart = graph.node("Reshape", value, graph.constant([0, 0, groups, 1, size]))
+    times = graph.constant([1, 1, 1, backbone.heads // groups, 1])
+    return graph.node("Reshape", graph.node("Tile", apart, times), graph.constant([0, 0, backbone.heads * size]))

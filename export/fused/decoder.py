@@ -1,0 +1,163 @@
+"""Form D as a graph of fused nodes: `[memory | text | memory]`, causal; the second copy is where memory is written.
+
+Two roles. "full": every row has S tokens. "step": rows of 0 to S tokens, filled up with -1, laid out as
+`[memory | n tokens | memory | padding]` by one gather; causality hides what follows, so nothing is masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
+from rmt_trt.export.fused import blocks
+from rmt_trt.export.fused.blocks import Names
+from rmt_trt.export.fused.graph import Graph
+from rmt_trt.export.fused.layers import Backbone
+from rmt_trt.model.config import ModelConfig
+
+LOGLIK = "loglik"
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where things stand in a row. count (batch, 1) int64, or None where every row is full."""
+
+    memory: int
+    text: int
+    count: ir.Value | None
+
+    @property
+    def length(self) -> int:
+        return self.text + 2 * self.memory
+
+
+def decoder_step(graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Backbone, role: str, head: str) -> None:
+    """Writes the whole step into `graph`."""
+    state = spec.states[0]
+    memory = graph.input(state.input, ir.DataType.FLOAT, ("batch", *state.shape))
+    segment = graph.input(SEGMENT, ir.DataType.INT64, ("batch", spec.segment_length))
+    layout = Layout(config.num_memory, spec.segment_length, None if role == "full" else _count(graph, segment))
+    rows = _rows(graph, backbone, layout, memory, segment)
+    value = _layers(graph, backbone, layout, rows, segment)
+
+    written = graph.to_float(_span(graph, value, layout, layout.memory, layout.memory))
+    if layout.count is not None:
+        alive = graph.node("Unsqueeze", graph.node("Greater", layout.count, graph.constant(0)), graph.constant([2]))
+        written = graph.node("Where", alive, written, memory)
+    graph.output(written, state.output, ir.DataType.FLOAT, ("batch", *state.shape))
+    _head(graph, spec, backbone, layout, value, segment, head)
+
+
+def _layers(graph: Graph, backbone: Backbone, layout: Layout, rows: ir.Value, segment: ir.Value) -> ir.Value:
+    """(batch, L, d) after the final norm. Every norm adds the residual that comes before it."""
+    last = None
+    if backbone.rotary is not None:
+        batch = graph.node("Shape", segment, start=0, end=1)
+        last = graph.node("Expand", graph.constant([layout.length - 1], np.int32), batch)
+    total = rows
+    value = blocks.norm(graph, rows, backbone.layers[0].norm1, "layer0.norm1")
+    for number, layer in enumerate(backbone.layers):
+        name = Names(f"layer{number}")
+        if last is None:
+            mixed = blocks.self_attention(graph, value, layer, backbone, name, None, causal=True)
+        else:
+            mixed = blocks.rotary_attention(graph, value, layer, backbone, name, layout.length, last)
+        mixed = blocks.product(graph, mixed, layer.out, name("out"))
+        following = number + 1 < len(backbone.layers)
+        after = backbone.layers[number + 1].norm1 if following else backbone.final_norm
+        after_name = f"layer{number + 1}.norm1" if following else "final_norm"
+        assert after is not None
+        if backbone.parallel:
+            inner = blocks.mlp(
+                graph, blocks.norm(graph, total, layer.norm2, name("norm2")), layer, backbone.activation, name
+            )
+            mixed, bias = graph.node("Add", mixed, inner), _bias(graph, name("both.bias"), layer.out, layer.down)
+        else:
+            bias = _bias(graph, name("out.bias"), layer.out)
+            value, total = blocks.skip_norm(graph, mixed, total, bias, layer.norm2, name("norm2"), total=True)
+            mixed, bias = (
+                blocks.mlp(graph, value, layer, backbone.activation, name),
+                _bias(graph, name("down.bias"), layer.down),
+            )
+        value, *totals = blocks.skip_norm(graph, mixed, total, bias, after, after_name, total=following)
+        total = totals[0] if totals else total
+    return value
+
+
+def _bias(graph: Graph, name: str, *linears: blocks.Linear) -> ir.Value | None:
+    """The sum of the biases, which the norm that follows adds."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return graph.weight(name, sum(biases[1:], biases[0])) if biases else None
+
+
+def _count(graph: Graph, segment: ir.Value) -> ir.Value:
+    """(batch, 1) int64: text tokens of each row."""
+    valid = graph.cast(graph.node("GreaterOrEqual", segment, graph.constant(0)), ir.DataType.INT64)
+    return graph.node("ReduceSum", valid, graph.constant([1]), keepdims=1)
+
+
+def _rows(graph: Graph, backbone: Backbone, layout: Layout, memory: ir.Value, segment: ir.Value) -> ir.Value:
+    """(batch, L, d): memory, words, memory, laid out, with the table of positions added where there is one."""
+    carried = graph.to_half(memory)
+    ids = segment if layout.count is None else graph.node("Max", segment, graph.constant(0))
+    words = graph.node("Gather", graph.weight("word", backbone.word), ids)
+    rows = graph.node("Concat", carried, words, carried, axis=1)
+    if layout.count is not None:
+        place = graph.constant(np.arange(layout.length)[None])
+        end = graph.node("Add", layout.count, graph.constant(layout.memory))
+        write = graph.node("Add", graph.node("Sub", place, layout.count), graph.constant(layout.text))
+        behind = graph.node("Add", end, graph.constant(layout.memory))
+        padding = graph.node("Sub", place, graph.constant(layout.memory))
+        source = graph.node(
+            "Where", graph.node("Less", place, end), place,
+            graph.node("Where", graph.node("Less", place, behind), write, padding),
+        )  # fmt: skip
+        rows = _gather(graph, rows, source)
+    if backbone.positions is not None:
+        rows = graph.node("Add", rows, graph.weight("positions", backbone.positions))
+    return rows
+
+
+def _gather(graph: Graph, value: ir.Value, places: ir.Value) -> ir.Value:
+    """Rows (batch, k, d) of value (batch, L, d) at places (batch, k)."""
+    return graph.node("GatherND", value, graph.node("Unsqueeze", places, graph.constant([2])), batch_dims=1)
+
+
+def _span(graph: Graph, value: ir.Value, layout: Layout, start: int, size: int) -> ir.Value:
+    """(batch, size, d): `size` rows from `start` places behind the text's first token plus its length on."""
+    if layout.count is None:
+        return graph.slice(value, layout.text + start, layout.text + start + size)
+    return _gather(graph, value, graph.node("Add", layout.count, graph.constant(np.arange(start, start + size)[None])))
+
+
+def _head(
+    graph: Graph, spec: StepSpec, backbone: Backbone, layout: Layout, value: ir.Value, segment: ir.Value, head: str
+) -> None:
+    """The outputs behind the states. "loglik" gives, beside the last row's logits, (batch, S) float32: at place t the
+    log-likelihood of token t + 1; the last place, and those of padding, mean nothing."""
+    if head == "none":
+        return
+    matrix = backbone.head[0][0]
+    if head == "all":
+        text = graph.slice(value, layout.memory, layout.memory + layout.text)
+        logits = graph.to_float(blocks.linear(graph, text, matrix, "head"))
+        graph.output(logits, LOGITS, ir.DataType.FLOAT, ("batch", layout.text, spec.num_logits))
+        return
+    last = graph.node("Squeeze", _span(graph, value, layout, layout.memory - 1, 1), graph.constant([1]))
+    logits = graph.to_float(blocks.linear(graph, last, matrix, "head"))
+    graph.output(logits, LOGITS, ir.DataType.FLOAT, ("batch", spec.num_logits))
+    if head == "loglik":
+        graph.output(_scores(graph, layout, matrix, value, segment), LOGLIK, ir.DataType.FLOAT, ("batch", layout.text))
+
+
+def _scores(graph: Graph, layout: Layout, matrix: blocks.Linear, value: ir.Value, segment: ir.Value) -> ir.Value:
+    text = graph.slice(value, layout.memory, layout.memory + layout.text)
+    logits = graph.to_float(blocks.linear(graph, text, matrix, "head"))
+    ids = graph.node("Max", segment, graph.constant(0))
+    following = graph.node("Concat", graph.slice(ids, 1, layout.text), graph.slice(ids, 0, 1), axis=1)
+    chosen = graph.node("GatherElements", logits, graph.node("Unsqueeze", following, graph.constant([2])), axis=2)
+    total = graph.node("ReduceLogSumExp", logits, graph.constant([2]), keepdims=0)
+    return graph.node("Sub", graph.node("Squeeze", chosen, graph.constant([2])), total)
