@@ -17,9 +17,10 @@ from torch import nn
 
 from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
 from rmt_trt.errors import ContractError
+from rmt_trt.export.recover import WEIGHTS_KEY, places_of
 from rmt_trt.files import cannot_write, sync
 from rmt_trt.initial_state import to_metadata
-from rmt_trt.model.step import fingerprint
+from rmt_trt.model.step import DecoderStep, EncoderStep, fingerprint
 
 # Opset 20 runs in ONNX Runtime and is documented to be read by TensorRT 10, 11 and RTX, in fp32 and fp16. Opset 23
 # has a standard Attention node, which TensorRT builders refuse in fp32 without being told to decompose it.
@@ -50,17 +51,38 @@ def export_step(
     Errors: ContractError, when the step cannot be exported or its graph does not fit the spec; FormatError, when the
     file cannot be written.
     """
-    path = Path(path)
     values = initial_values(step, spec, initial)
     spec = spec.with_(fingerprint=fingerprint(step, {name: torch.as_tensor(value) for name, value in values.items()}))
-    metadata = to_metadata(spec, values)
+    write_graph(step, spec, Path(path), values, opset=opset, external_data_bytes=external_data_bytes)
+    return spec
+
+
+def write_graph(
+    step: nn.Module,
+    spec: StepSpec,
+    path: Path,
+    initial: Mapping[str, np.ndarray],
+    *,
+    opset: int = OPSET,
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
+    recoverable: bool = True,
+) -> None:
+    """Writes `step` under a spec that is whole already: also a step in half precision, whose fingerprint is that of
+    the float32 one.
+
+    recoverable  a published model's graph says where its weights stand: see `recover.py`
+    Other options and errors: as `export_step`.
+    """
+    metadata = to_metadata(spec, initial)
     program = _export(step.eval(), spec, opset)
     _check_graph(program.model, spec)
     _forget_sources(program.model)
+    initializers = program.model.graph.initializers.values()
+    weights = {value.name: value.const_value for value in initializers if value.const_value is not None}
+    if recoverable and isinstance(step, (EncoderStep, DecoderStep)):
+        metadata[WEIGHTS_KEY] = places_of(step.state_dict(), weights)
     program.model.metadata_props.update(metadata)
-    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
-    _save(program, path, external_data=size >= external_data_bytes)
-    return spec
+    _save(program, path, external_data=sum(value.nbytes for value in weights.values()) >= external_data_bytes)
 
 
 def _save(program: Any, path: Path, external_data: bool) -> None:

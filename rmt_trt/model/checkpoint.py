@@ -95,7 +95,7 @@ def _load_own(file: Path, value: Mapping[str, Any], options: LoadOptions) -> Loa
     try:
         tensors, config, spec = _own_parts(value)
         model = build_model(config, tensors)
-        _check_sizes(model)
+        check_sizes(model)
         if model_spec(model) != spec:
             raise FormatError("its weights are not those that its fingerprint was taken of")
         model.config = with_options(config, options)
@@ -134,7 +134,7 @@ def _own_parts(value: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Model
     return tensors, config, spec
 
 
-def _check_sizes(model: RMTModel) -> None:
+def check_sizes(model: RMTModel) -> None:
     """Refuses a config whose logits or token ids are not those of its weights."""
     config, backbone = model.config, model.backbone
     rows = len(backbone.get_input_embeddings().weight)  # type: ignore[operator]
