@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
+from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError
 from rmt_trt.runtime.state import State
+from rmt_trt.runtime.track import Track
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +22,9 @@ class Piece:
     index   the segment's number in the document, earlier parts counted
     start, stop   the tokens of this run that it covers, as positions in the document (dropped ids not counted);
                   pending tokens of a resumed state were covered by the earlier run and are left out
-    logits  classifier (c,); language model (stop - start, v), or (v,) of the last token with logits="last"; or None
+    logits  classifier (c,); language model (stop - start, v), or (v,) of the last token with logits="last"; or None.
+            With logits="last" those of the document's last segment, and of the one before a language model's short
+            last one; the others have none
     loglik  language model with logits="loglik": (stop - start,) float64, nats; nan for a document's first token
     loglik_sum  the sum over the document so far, earlier parts included; None if one of them was not scored
     states  with memory=True: the states after the segment, each (*shape); else ()
@@ -48,6 +52,8 @@ class RunResult:
     logits      classifier: (c,) after the last segment, or (segments, c) with logits="all"; language model: (v,) of
                 the last token, or (tokens, v) with logits="all"; None with "none" and "loglik"
     states      after the last segment, short or not: arrays (*shape) by state name
+    on_device   whether logits and states were left where the engine computed them: then they are arrays that speak
+                DLPack, each with a leading axis of 1: (1, c) or (1, v), (1, *shape); there is no label and no state
     segments    segments that this run stepped through
     tokens      tokens that this run took, dropped ids not counted
     label       the answer's name, where the model names its classes
@@ -55,18 +61,19 @@ class RunResult:
     loglik_sum  the sum over the whole document, earlier parts included; None if one was not scored
     """
 
-    logits: np.ndarray | None
-    states: dict[str, np.ndarray]
+    logits: Any
+    states: dict[str, Any]
     segments: int
     tokens: int
     label: str | None = None
     loglik: np.ndarray | None = None
     loglik_sum: float | None = None
+    on_device: bool = False
     _state: State | None = field(default=None, repr=False)
     _alignment: str = field(default="left", repr=False)
 
     @property
-    def memory(self) -> np.ndarray:
+    def memory(self) -> Any:
         """The first state after the last segment, which of an RMT is its memory, (M, d)."""
         return next(iter(self.states.values()))
 
@@ -75,14 +82,44 @@ class RunResult:
         """Where the document can go on: `rt.run(next_part, state=out.state)`.
 
         Errors: ContractError after a run with alignment "right" or "center": there a cut changes the segmentation,
-        so that two parts never give what the whole gives.
+        so that two parts never give what the whole gives; and after one with on_device=True, which fetches nothing.
         """
+        if self.on_device:
+            raise ContractError(
+                "this run left its answer on the device (on_device=True) and kept no state. To go on from it, run "
+                "without on_device"
+            )
         if self._state is None:
             raise ContractError(
                 f"this run cut the document with alignment='{self._alignment}', where a document in two parts is cut "
                 f"differently from the whole. To stop and go on, run every part with alignment='left'"
             )
         return self._state
+
+
+def answered(
+    track: Track,
+    spec: StepSpec,
+    state: State | None,
+    logits: Any = None,
+    row: np.ndarray | None = None,
+    loglik: np.ndarray | None = None,
+    loglik_sum: float | None = None,
+    on_device: bool = False,
+) -> RunResult:
+    """The result of a track that has ended. row: the last token's logits, out of which the label is named."""
+    return RunResult(
+        logits=logits,
+        states=dict(zip((one.input for one in spec.states), track.final or (), strict=True)),
+        segments=track.steps,
+        tokens=track.tokens,
+        label=spec.id2label[int(np.argmax(row))] if row is not None and spec.id2label else None,
+        loglik=loglik,
+        loglik_sum=loglik_sum,
+        on_device=on_device,
+        _state=state,
+        _alignment=track.alignment,
+    )
 
 
 class BatchResult(Sequence[RunResult]):
@@ -104,6 +141,7 @@ class BatchResult(Sequence[RunResult]):
     @property
     def logits(self) -> np.ndarray:
         """(batch, c) or (batch, v). Errors: ContractError, where documents have logits of different shapes or none."""
+        self._on_host()
         rows = [result.logits for result in self._results]
         shapes = {None if row is None else row.shape for row in rows}
         if None in shapes or len(shapes) != 1:
@@ -114,8 +152,16 @@ class BatchResult(Sequence[RunResult]):
 
     @property
     def memory(self) -> np.ndarray:
-        """(batch, M, d)."""
+        """(batch, M, d). Errors: ContractError, where the documents' memories lie on a device."""
+        self._on_host()
         return np.stack([result.memory for result in self._results])
+
+    def _on_host(self) -> None:
+        if any(result.on_device for result in self._results):
+            raise ContractError(
+                "the documents' arrays lie on the device, one by one (on_device=True); read them as out[i].logits and "
+                "out[i].memory"
+            )
 
     @property
     def segments(self) -> list[int]:

@@ -14,12 +14,15 @@ import numpy as np
 from rmt_trt.contract import Engine, StepSpec
 from rmt_trt.errors import ContractError, EngineError, FormatError, TokenError, require
 from rmt_trt.runtime.engines import choose, engine_module
+from rmt_trt.runtime.many import Many, in_slots, opened, sources
+from rmt_trt.runtime.reading import Opener, Reading
 from rmt_trt.runtime.recurrence import Recurrence
 from rmt_trt.runtime.results import BatchResult, Piece, RunResult
+from rmt_trt.runtime.slots import Slots
 from rmt_trt.runtime.source import open_source
 from rmt_trt.runtime.state import State
 from rmt_trt.runtime.stream import Stream
-from rmt_trt.runtime.tracks import Reading, open_tracks
+from rmt_trt.runtime.track import Track
 
 log = logging.getLogger("rmt_trt")
 
@@ -31,6 +34,7 @@ class RMTRuntime:
 
         rt = RMTRuntime("model.rmt")
         out = rt.run(tokens)                     # any length; out.logits, out.memory, out.segments
+        for index, out in rt.run_many(documents): ...   # many documents, answered as they finish
         for piece in rt.stream(tokens): ...      # segment by segment
 
     path     `NAME.rmt`, `step.onnx`, or a checkpoint such as `model.pt` (the PyTorch reference)
@@ -39,9 +43,9 @@ class RMTRuntime:
     dtype    "fp32", ...; None takes the engine's own
     device   GPU index, for GPU engines
     threads  CPU threads of a step; None takes all cores. The PyTorch engine sets it for the whole process
-    max_batch  documents of a batch that are stepped together; more go in groups
+    max_batch  documents that are stepped together at the most; of more, one begins when another ends
 
-    A runtime may be shared by threads: a lock is held during each step, so runs interleave segment by segment.
+    A runtime may be shared by threads: a lock is held during each block of steps, so runs interleave.
     Errors: FormatError for a damaged or foreign file, EngineError when no engine can run it here.
     """
 
@@ -85,6 +89,8 @@ class RMTRuntime:
         max_segments: int | None = None,
         overflow: str = "error",
         on_piece: Callable[[Piece], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+        on_device: bool = False,
     ) -> BatchResult: ...
     @overload
     def run(
@@ -98,6 +104,8 @@ class RMTRuntime:
         max_segments: int | None = None,
         overflow: str = "error",
         on_piece: Callable[[Piece], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+        on_device: bool = False,
     ) -> RunResult: ...
     def run(
         self,
@@ -110,6 +118,8 @@ class RMTRuntime:
         max_segments: int | None = None,
         overflow: str = "error",
         on_piece: Callable[[Piece], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+        on_device: bool = False,
     ) -> RunResult | BatchResult:
         """Reads documents to their end and answers.
 
@@ -122,27 +132,96 @@ class RMTRuntime:
         length     tokens that an iterator will give, dropped ids not counted; of a batch, one per document
         max_segments, overflow   a limit of the caller's own: longer documents are an error, or cut to their "head" or
                    "tail"; the length that the model was trained on is never a limit
-        on_piece   called with each `Piece`: with logits="all" or "loglik" rows are then handed over, not kept
+        on_piece   called with each `Piece`: with logits="all" or "loglik" rows are then handed over, not kept. It makes
+                   the run go segment by segment, where it otherwise hands whole blocks of them to the engine
+        on_progress  called now and then with the number of tokens handed to the engine so far, which a GPU may still
+                   be busy with
+        on_device  leaves logits and states where the engine computed them, as arrays that speak DLPack; nothing is
+                   fetched, so no label, no state to go on from, no check for values that are not finite; with logits
+                   "last" or "none"
 
         Returns RunResult, or BatchResult for a batch. Errors: TokenError for tokens that the model cannot read,
         ContractError for options that do not fit, FormatError for another model's state, EngineError when a step fails.
         """
         self._live_engine()
-        if on_piece is not None and not callable(on_piece):
-            raise ContractError(f"on_piece is {type(on_piece).__name__}; expected a function that takes a Piece")
+        _callback("on_piece", on_piece, "a Piece")
+        _callback("on_progress", on_progress, "a number of tokens")
         reading = Reading.of(self.spec, alignment, logits, max_segments, overflow)
-        tracks, batch = open_tracks(tokens, state, length, reading, self.spec, self._initial, self.encode)
+        blocks = on_piece is None and reading.logits in ("last", "none")
+        if on_device and not blocks:
+            raise ContractError("on_device=True goes with logits='last' or 'none' and without on_piece")
+        tracks, batch = self._opener(reading).open(tokens, state, length)
+        if blocks:
+            slots = self._slots(min(self._max_batch, len(tracks)), reading, on_device, on_progress)
+            results = in_slots(slots, tracks, self.spec, reading)
+        else:
+            results = self._by_segment(tracks, reading, on_piece, on_progress)
+        return BatchResult(results) if batch else results[0]
+
+    def _by_segment(
+        self,
+        tracks: list[Track],
+        reading: Reading,
+        on_piece: Callable[[Piece], None] | None,
+        on_progress: Callable[[int], None] | None,
+    ) -> list[RunResult]:
         results: list[RunResult] = []
+        done = 0
         for start in range(0, len(tracks), self._max_batch):
-            group = Recurrence(
-                self._live_engine, self.spec, tracks[start : start + self._max_batch], self._lock, logits
-            )
-            stream = Stream(group, self.spec, reading, batch=True, keep=on_piece is None)
+            group = tracks[start : start + self._max_batch]
+            recurrence = Recurrence(self._live_engine, self.spec, group, self._lock, reading.logits)
+            stream = Stream(recurrence, self.spec, reading, batch=True, keep=on_piece is None)
             for piece in stream:
+                done += piece.stop - piece.start
                 if on_piece is not None:
                     on_piece(piece)
+                if on_progress is not None:
+                    on_progress(done)
             results += stream.results
-        return BatchResult(results) if batch else results[0]
+        return results
+
+    def run_many(
+        self,
+        documents: Any,
+        *,
+        slots: int | None = None,
+        ordered: bool = False,
+        alignment: str | None = None,
+        logits: str = "last",
+        length: Any = None,
+        max_segments: int | None = None,
+        overflow: str = "error",
+        on_progress: Callable[[int], None] | None = None,
+        on_device: bool = False,
+    ) -> Many:
+        """Reads many documents of any lengths through a fixed number of slots, and answers each as it ends.
+
+            for index, out in rt.run_many(documents, slots=32): ...
+
+        documents  a list, an iterator, which may be endless, or a 2-D array; of a list those that are still to come cost
+                   nothing, of an iterator one is taken when a slot is free. At most 2 * slots are open at a time, so
+                   that host and device memory stay constant. Each gets the answer that it gets alone.
+        slots      documents that are stepped together, up to max_batch; None takes max_batch
+        ordered    yields in the order given, and starts in it; otherwise as they end, a list being started longest first,
+                   so that no slot idles at the end. Answers that have to wait for an earlier document hold up the start
+                   of others beyond 8 * slots.
+        length     of a list, one per document; of an iterator, an iterator of them: as `run`
+        others     as `run`; logits "last" or "none"
+
+        Returns an iterator of (index, RunResult) with `steps`, `slot_steps` and `idle_share`. A document that cannot be
+        read, and an engine that fails, end it with the error of `run`, which names the document by its index; what was
+        yielded before stands.
+        """
+        self._live_engine()
+        slots = self._max_batch if slots is None else slots
+        _whole("slots", slots, 1, self._max_batch)
+        _callback("on_progress", on_progress, "a number of tokens")
+        reading = Reading.of(self.spec, alignment, logits, max_segments, overflow)
+        if reading.logits not in ("last", "none"):
+            raise ContractError(f"run_many gives logits 'last' or 'none', not '{logits}'; use run or stream for it")
+        found, count = sources(documents, length, ordered)
+        scheduler = self._slots(slots if count is None else max(1, min(slots, count)), reading, on_device, on_progress)
+        return Many(scheduler, opened(self._opener(reading), found), self.spec, reading, ordered)
 
     def stream(
         self,
@@ -165,13 +244,13 @@ class RMTRuntime:
         """
         self._live_engine()
         reading = Reading.of(self.spec, alignment, logits, max_segments, overflow)
-        tracks, batch = open_tracks(tokens, state, length, reading, self.spec, self._initial, self.encode)
+        tracks, batch = self._opener(reading).open(tokens, state, length)
         if len(tracks) > self._max_batch:
             raise ContractError(
                 f"stream got {len(tracks)} documents; this runtime steps at most max_batch={self._max_batch} together. "
                 f"Raise max_batch, or stream fewer at a time"
             )
-        recurrence = Recurrence(self._live_engine, self.spec, tracks, self._lock, logits, memory)
+        recurrence = Recurrence(self._live_engine, self.spec, tracks, self._lock, reading.logits, memory)
         return Stream(recurrence, self.spec, reading, batch, keep)
 
     def encode(self, text: str) -> np.ndarray:
@@ -216,6 +295,12 @@ class RMTRuntime:
     ) -> None:
         self.close()
 
+    def _opener(self, reading: Reading) -> Opener:
+        return Opener(reading, self.spec, self._initial, self.encode)
+
+    def _slots(self, slots: int, reading: Reading, on_device: bool, on_progress: Callable[[int], None] | None) -> Slots:
+        return Slots(self._live_engine, self.spec, self._lock, slots, reading, self._initial, on_device, on_progress)
+
     def _live_engine(self) -> Engine:
         if self._engine is None:
             raise EngineError(f"the runtime of {self.path} is closed; open a new RMTRuntime")
@@ -225,3 +310,8 @@ class RMTRuntime:
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ContractError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
+
+
+def _callback(name: str, value: object, takes: str) -> None:
+    if value is not None and not callable(value):
+        raise ContractError(f"{name} is {type(value).__name__}; expected a function that takes {takes}")

@@ -9,9 +9,10 @@ import numpy as np
 
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError
-from rmt_trt.runtime.recurrence import Recurrence, Track
-from rmt_trt.runtime.results import BatchResult, Piece, RunResult
-from rmt_trt.runtime.tracks import Reading
+from rmt_trt.runtime.reading import Reading
+from rmt_trt.runtime.recurrence import Recurrence
+from rmt_trt.runtime.results import BatchResult, Piece, RunResult, answered
+from rmt_trt.runtime.track import Track
 
 
 class Stream(Iterator[Piece]):
@@ -72,21 +73,17 @@ class Stream(Iterator[Piece]):
         pieces, left = self._pieces[track.row], self._reading.alignment == "left"
         rows = [piece.logits for piece in pieces if piece.logits is not None]
         scores = [piece.loglik for piece in pieces if piece.loglik is not None]
-        logits = label = None
-        if rows and self._spec.id2label:
-            label = self._spec.id2label[int(np.argmax(rows[-1]))]
+        logits = None
         if rows and self._gather:
             logits = np.concatenate(rows) if self._spec.logits == "lm" else np.stack(rows)
         elif rows and self._reading.logits == "last":
             logits = rows[-1]
-        return RunResult(
-            logits=logits,
-            states=dict(zip((state.input for state in self._spec.states), track.final or (), strict=True)),
-            segments=track.steps,
-            tokens=track.tokens,
-            label=label,
-            loglik=np.concatenate(scores) if scores and self._gather else None,
-            loglik_sum=pieces[-1].loglik_sum,
-            _state=self._recurrence.state(track) if left else None,
-            _alignment=self._reading.alignment,
+        return answered(
+            track,
+            self._spec,
+            self._recurrence.state(track) if left else None,
+            logits,
+            rows[-1][-1] if rows and rows[-1].ndim > 1 else rows[-1] if rows else None,
+            np.concatenate(scores) if scores and self._gather else None,
+            pieces[-1].loglik_sum,
         )

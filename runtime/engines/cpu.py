@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
+from rmt_trt.contract import LOGITS, SEGMENT, Answer, Head, StepSpec
 from rmt_trt.errors import EngineError, FormatError, require
 from rmt_trt.initial_state import SPEC_KEY, spec_from_metadata
+from rmt_trt.runtime.loglik import reduced
 
 if TYPE_CHECKING:
     from rmt_trt.runtime.source import Source
@@ -98,26 +100,38 @@ class CPUEngine:
 
     def load(self, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
         return tuple(
-            np.ascontiguousarray(value, spec.dtype) for value, spec in zip(states, self._spec.states, strict=True)
+            np.array(value, spec.dtype, order="C") for value, spec in zip(states, self._spec.states, strict=True)
         )
 
     def fetch(self, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
         return tuple(value.copy() for value in states)
 
-    def take(self, states: tuple[np.ndarray, ...], rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(value[rows] for value in states)
+    share = fetch  # what lies on the host is fetched and shared alike: as a copy, which keeps States values
+
+    def take(self, parts: Sequence[tuple[np.ndarray, ...]], rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(
+            value[rows] for value in (map(np.concatenate, zip(*parts, strict=True)) if parts[1:] else parts[0])
+        )
 
     def step(
-        self, states: tuple[np.ndarray, ...], segment: np.ndarray, logits: bool
-    ) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
+        self, states: tuple[np.ndarray, ...], segment: np.ndarray, head: Head, host: bool = True
+    ) -> tuple[tuple[np.ndarray, ...], Answer | None]:
+        if head == "none":
+            return self._run(self._states, states, segment), None
+        *new, logits = self._run([*self._states, LOGITS], states, segment)
+        return tuple(new), reduced(logits, segment, head, self._spec.logits)
+
+    def steps(self, states: tuple[np.ndarray, ...], segments: np.ndarray) -> tuple[np.ndarray, ...]:
+        for segment in segments:
+            states = self._run(self._states, states, segment)
+        return states
+
+    def _run(self, outputs: list[str], states: tuple[np.ndarray, ...], segment: np.ndarray) -> tuple[np.ndarray, ...]:
         feeds = dict(zip(self._spec.inputs, (*states, segment), strict=True))
         try:
-            if not logits:
-                return tuple(self._session.run(self._states, feeds)), None
-            *new, rows = self._session.run([*self._states, LOGITS], feeds)
+            return tuple(self._session.run(outputs, feeds))
         except Exception as err:  # see open_session
             raise EngineError(f"ONNX Runtime failed in a step of shape {segment.shape}: {_one_line(err)}") from err
-        return tuple(new), rows
 
     def close(self) -> None:
         self._session = None

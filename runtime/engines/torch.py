@@ -6,12 +6,14 @@ nothing for this engine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rmt_trt.contract import StepSpec
+from rmt_trt.contract import Answer, Head, StepSpec
 from rmt_trt.errors import EngineError
+from rmt_trt.runtime.loglik import reduced
 
 if TYPE_CHECKING:
     import torch
@@ -60,20 +62,33 @@ class TorchEngine:
     def fetch(self, states: tuple[torch.Tensor, ...]) -> tuple[np.ndarray, ...]:
         return tuple(value.numpy().copy() for value in states)
 
-    def take(self, states: tuple[torch.Tensor, ...], rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+    share = fetch  # what lies on the host is fetched and shared alike: as a copy, which keeps States values
+
+    def take(self, parts: Sequence[tuple[torch.Tensor, ...]], rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         import torch
 
         index = torch.from_numpy(rows)
-        return tuple(value[index] for value in states)
+        return tuple(torch.cat(values)[index] for values in zip(*parts, strict=True))
 
     def step(
-        self, states: tuple[torch.Tensor, ...], segment: np.ndarray, logits: bool
-    ) -> tuple[tuple[torch.Tensor, ...], np.ndarray | None]:
+        self, states: tuple[torch.Tensor, ...], segment: np.ndarray, head: Head, host: bool = True
+    ) -> tuple[tuple[torch.Tensor, ...], Answer | None]:
+        new, logits = self._run(states, segment)
+        return new, None if head == "none" else reduced(logits.numpy(), segment, head, self._spec.logits)
+
+    def steps(self, states: tuple[torch.Tensor, ...], segments: np.ndarray) -> tuple[torch.Tensor, ...]:
+        for segment in segments:
+            states, _ = self._run(states, segment)
+        return states
+
+    def _run(
+        self, states: tuple[torch.Tensor, ...], segment: np.ndarray
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         import torch
 
         with torch.no_grad():
-            *new, rows = self._step(*states, torch.from_numpy(np.ascontiguousarray(segment)))
-        return tuple(new), rows.numpy() if logits else None
+            *new, logits = self._step(*states, torch.from_numpy(np.ascontiguousarray(segment)))
+        return tuple(new), logits
 
     def close(self) -> None:
         del self._step

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from rmt_trt.contract import ALIGNMENTS, Alignment, StepSpec
+from rmt_trt.contract import ALIGNMENTS, Alignment, Head, StepSpec
 from rmt_trt.errors import ContractError, TokenError
-from rmt_trt.runtime.recurrence import LOGITS_MODES, Track
 from rmt_trt.runtime.segments import Limit, cut
 from rmt_trt.runtime.state import State
 from rmt_trt.runtime.tokens import Document, split_batch
+from rmt_trt.runtime.track import Track
 
+LOGITS_MODES: tuple[Head, ...] = ("last", "all", "loglik", "none")
 EMPTY = np.empty(0, np.int64)
 
 
@@ -23,11 +24,11 @@ class Reading:
     """How documents are read: a caller's options, checked once. `RMTRuntime.run` says what they mean."""
 
     alignment: Alignment
-    logits: str
+    logits: Head
     limit: Limit | None
 
     @classmethod
-    def of(cls, spec: StepSpec, alignment: str | None, logits: str, max_segments: int | None, overflow: str) -> Reading:
+    def of(cls, spec: StepSpec, alignment: str | None, logits: Any, max_segments: int | None, overflow: str) -> Reading:
         """Errors: ContractError."""
         alignment = spec.alignment if alignment is None else alignment
         if alignment not in ALIGNMENTS:
@@ -43,45 +44,61 @@ class Reading:
         return cls(alignment, logits, None if max_segments is None else Limit(max_segments, overflow))
 
 
-def open_tracks(
-    tokens: Any,
-    state: Any,
-    length: Any,
-    reading: Reading,
-    spec: StepSpec,
-    initial: tuple[np.ndarray, ...],
-    encode: Callable[[str], np.ndarray],
-) -> tuple[list[Track], bool]:
-    """(tracks in the order of the documents, whether a batch came). Errors: TokenError, ContractError, FormatError."""
-    documents, batch = ([tokens], False) if isinstance(tokens, str) else split_batch(tokens)
-    _distinct(documents)
-    states = _one_each(state, len(documents), batch, "state")
-    lengths = _one_each(length, len(documents), batch, "length")
-    tracks = []
-    for row, (document, begin, stated) in enumerate(zip(documents, states, lengths, strict=True)):
-        where = f"document {row} of the batch" if batch else "the document"
-        opened = Document(encode(document) if isinstance(document, str) else document, spec, where, stated)
-        tracks.append(_track(row, opened, reading, _begin(begin, reading, spec, initial, where), spec))
-    return tracks, batch
+@dataclass(frozen=True)
+class Opener:
+    """Opens documents for a model. initial: the states that they begin with; encode: text to ids."""
+
+    reading: Reading
+    spec: StepSpec
+    initial: tuple[np.ndarray, ...]
+    encode: Callable[[str], np.ndarray]
+
+    def open(self, tokens: Any, state: Any, length: Any) -> tuple[list[Track], bool]:
+        """(tracks in the order of the documents, whether a batch came).
+
+        Errors: TokenError, ContractError, FormatError.
+        """
+        documents, batch = ([tokens], False) if isinstance(tokens, str) else split_batch(tokens)
+        distinct(documents)
+        states = one_each(state, len(documents), batch, "state")
+        lengths = one_each(length, len(documents), batch, "length")
+        return [
+            self.open_one(row, document, begin, stated, f"document {row} of the batch" if batch else "the document")
+            for row, (document, begin, stated) in enumerate(zip(documents, states, lengths, strict=True))
+        ], batch
+
+    def open_one(self, row: int, tokens: Any, state: Any, length: Any, where: str) -> Track:
+        """One document, which `where` names in messages. Errors: as `open`."""
+        reading, spec = self.reading, self.spec
+        document = Document(self.encode(tokens) if isinstance(tokens, str) else tokens, spec, where, length)
+        begin = _begin(state, reading, spec, self.initial, where)
+        count = document.count() if reading.alignment != "left" or reading.limit is not None else None
+        limit = None
+        if reading.limit is not None:
+            limit = _apply(reading.limit, document, count, spec.segment_length, len(begin.pending))
+            count = limit if count is not None else None
+        if document.at_end() and not len(begin.pending):
+            dropped = f" after dropping the ids {list(spec.dropped_ids)}" if spec.dropped_ids else ""
+            kept = " and the state that it goes on from has none pending" if begin.position else ""
+            raise TokenError(
+                f"{document.where} is empty: it has no token{dropped}{kept}. Leave it out, or give it at least one"
+            )
+        plan = cut(count, spec.segment_length, reading.alignment)
+        size = size_of(tokens, length) if count is None else count
+        return Track(row, document, plan, reading.alignment, begin, limit, size)
 
 
-def _track(row: int, document: Document, reading: Reading, begin: State, spec: StepSpec) -> Track:
-    needs_length = reading.alignment != "left" or reading.limit is not None
-    length = document.count() if needs_length else None
-    limit = None
-    if reading.limit is not None:
-        limit = _apply(reading.limit, document, length, spec.segment_length, len(begin.pending))
-        length = limit if length is not None else None
-    if document.at_end() and not len(begin.pending):
-        dropped = f" after dropping the ids {list(spec.dropped_ids)}" if spec.dropped_ids else ""
-        kept = " and the state that it goes on from has none pending" if begin.position else ""
-        raise TokenError(
-            f"{document.where} is empty: it has no token{dropped}{kept}. Leave it out, or give it at least one"
-        )
-    return Track(row, document, cut(length, spec.segment_length, reading.alignment), reading.alignment, begin, limit)
+def size_of(tokens: Any, length: Any = None) -> int | None:
+    """Tokens, or characters, that a document has as it came, without reading it; None if that cannot be told."""
+    if isinstance(length, int):
+        return length
+    try:
+        return len(tokens)
+    except TypeError:
+        return None
 
 
-def _distinct(documents: list[Any]) -> None:
+def distinct(documents: list[Any]) -> None:
     """An iterator that stands for two documents would deal its tokens out between them."""
     first: dict[int, int] = {}
     for row, document in enumerate(documents):
@@ -125,7 +142,7 @@ def _begin(state: Any, reading: Reading, spec: StepSpec, initial: tuple[np.ndarr
     return state
 
 
-def _one_each(values: Any, count: int, batch: bool, name: str) -> list[Any]:
+def one_each(values: Any, count: int, batch: bool, name: str) -> list[Any]:
     """One value per document: of a batch a list of as many, or None for none."""
     if not batch or values is None:
         return [values] * count
