@@ -36,7 +36,8 @@ EXTRAS = {
     "tensorrt-lean": ["tensorrt-lean-cu13>=10.14", "cuda-core>=1.0", *TEXT],
     "tensorrt-rtx": ["tensorrt-rtx>=1.3", "cuda-core>=1.0", *TEXT],
     "train": MODEL,
-    "bench": ["matplotlib>=3.8", "onnxruntime>=1.24.4"],
+    # Beside the extra of the engine that is measured: the GPU's and the CPU's ONNX Runtime exclude each other.
+    "bench": [*MODEL, "onnx>=1.19", "onnxscript>=0.6", "matplotlib>=3.8", "nvidia-ml-py>=12"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["export"],
@@ -48,7 +49,7 @@ EXTRAS["dev"] = [
     "setuptools>=77",
 ]
 
-COMMANDS = ["export", "run", "info", "verify", "train"]
+COMMANDS = ["export", "run", "info", "verify", "train", "bench"]
 
 setup(
     name="rmt-trt",

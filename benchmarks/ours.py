@@ -1,0 +1,128 @@
+"""What a deployed RMT takes, through `RMTRuntime` alone: as its user calls it, tokens in host memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmt_trt.benchmarks.machine import Meters
+from rmt_trt.benchmarks.plan import CHECKED_SEGMENTS, Plan, documents
+from rmt_trt.benchmarks.rows import Results, Row
+from rmt_trt.benchmarks.timing import measure
+from rmt_trt.runtime import RMTRuntime
+
+OURS = "rmt-trt"
+ENERGY_SECONDS = 2.0  # the counter moves every tenth of a second or so
+MORE_TOKENS = 1000
+
+Error = Callable[[np.ndarray, int], float]
+
+
+def load(bundle: Path, plan: Plan, meters: Meters, results: Results, max_batch: int) -> RMTRuntime:
+    """Opens the bundle; the time until it is open, and until its first answer, and what that takes of memory."""
+    before, host = meters.device_bytes(), meters.host_bytes()
+    started = time.perf_counter()
+    runtime = RMTRuntime(
+        bundle, engine=plan.engine, dtype=plan.dtype, device=plan.device, threads=plan.threads, max_batch=max_batch
+    )
+    opened = time.perf_counter() - started
+    runtime.run(documents(runtime.spec, 1, runtime.spec.segment_length)[0], alignment="left")
+    values = {
+        "open_seconds": opened,
+        "first_answer_seconds": time.perf_counter() - started,
+        "host_bytes": meters.host_bytes() - host,
+    }
+    used = meters.device_bytes()
+    if used is not None and before is not None:
+        values["device_bytes"] = used - before
+    results.add(Row("load", OURS, values=values))
+    return runtime
+
+
+def step_times(
+    runtime: RMTRuntime, plan: Plan, batch: int, segments: np.ndarray, error: Error, meters: Meters, results: Results
+) -> None:
+    """Full segments (n, batch, S), as a user runs a batch of documents; what the peers are compared with."""
+    steps, size = segments.shape[0], runtime.spec.segment_length
+    rows = [np.ascontiguousarray(segments[:, i].reshape(-1)) for i in range(batch)]
+    given: Any = rows if batch > 1 else rows[0]
+
+    def call(tokens: Any = given) -> Any:
+        return runtime.run(tokens, alignment="left")
+
+    few = [row[: CHECKED_SEGMENTS * size] for row in rows]
+    memory = np.stack([result.memory for result in call(few)])
+    idle = meters.device_bytes()
+    timing = measure(call, plan.effort, warm=lambda: call())
+    values: dict[str, Any] = {"error": error(memory, batch)}
+    if idle is not None:
+        values["device_bytes_in_use"] = meters.device_bytes()
+    results.add(Row("step", OURS, batch, steps * size, steps, timing, values))
+    bare(runtime, plan, batch, steps, results)
+
+
+def bare(runtime: RMTRuntime, plan: Plan, batch: int, steps: int, results: Results) -> None:
+    """The engine's own captured steps alone, without tokens or driver, where the engine can replay them."""
+    engine: Any = runtime._live_engine()
+    replay = getattr(engine, "replay", None)
+    if replay is None:
+        return
+    with results.attempt("bare", OURS, batch):
+        timing = measure(lambda: replay(batch, steps), plan.effort)
+        results.add(Row("bare", OURS, batch, steps * runtime.spec.segment_length, steps, timing))
+
+
+def length_times(runtime: RMTRuntime, plan: Plan, meters: Meters, results: Results) -> None:
+    """One document of each length, from its first token to the answer."""
+    spec = runtime.spec
+    for tokens in plan.tokens:
+        with results.attempt("length", OURS, tokens=tokens):
+            document = documents(spec, 1, tokens)[0]
+            short = document[: 4 * spec.segment_length]
+
+            def call(document: np.ndarray = document) -> Any:
+                return runtime.run(document, alignment="left")
+
+            before = call(short)
+            timing = measure(call, plan.effort, warm=lambda short=short: runtime.run(short, alignment="left"))
+            steps = -(-tokens // spec.segment_length)
+            values = {"host_bytes": meters.host_bytes(), "finite": bool(np.isfinite(before.memory).all())}
+            used = meters.device_bytes()
+            if used is not None:
+                values["device_bytes_in_use"] = used
+            results.add(Row("length", OURS, 1, tokens, steps, timing, values))
+
+
+def latencies(runtime: RMTRuntime, plan: Plan, results: Results) -> None:
+    """Going on from a kept state: one full segment, and 1,000 tokens more, each to the answer."""
+    spec = runtime.spec
+    first = documents(spec, 1, 3 * spec.segment_length)[0]
+    state = runtime.run(first, alignment="left").state
+    for name, tokens in (("one segment more", spec.segment_length), ("1,000 tokens more", MORE_TOKENS)):
+        with results.attempt("latency", name, tokens=tokens):
+            more = documents(spec, 1, tokens, seed=1)[0]
+            effort = plan.effort.__class__(max(100, plan.effort.repeat), plan.effort.seconds / 2)
+            timing = measure(lambda more=more: runtime.run(more, state=state, alignment="left"), effort)
+            results.add(Row("latency", name, 1, tokens, -(-tokens // spec.segment_length), timing))
+
+
+def energy(runtime: RMTRuntime, plan: Plan, batch: int, meters: Meters, results: Results) -> None:
+    """Joules of the device by its own counter, per million tokens, over some seconds of work."""
+    if meters.joules() is None:
+        return
+    spec = runtime.spec
+    steps = plan.steps_at(batch)
+    tokens = documents(spec, batch, steps * spec.segment_length)
+    given: Any = list(tokens) if batch > 1 else tokens[0]
+    done, started, first = 0, time.perf_counter(), meters.joules() or 0.0
+    while time.perf_counter() - started < ENERGY_SECONDS:
+        runtime.run(given, alignment="left")
+        done += tokens.size
+    spent, seconds = (meters.joules() or 0.0) - first, time.perf_counter() - started
+    results.add(
+        Row("energy", OURS, batch, values={"joules_per_million_tokens": 1e6 * spent / done, "watts": spent / seconds})
+    )

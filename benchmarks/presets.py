@@ -1,0 +1,151 @@
+"""The models that are measured: presets with random weights, the example, or the user's own; and their bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rmt_trt.errors import ContractError, FormatError
+
+if TYPE_CHECKING:
+    from rmt_trt.model.checkpoint import LoadedModel
+    from rmt_trt.model.config import ModelConfig
+    from rmt_trt.model.step import RMTModel
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples/memorize/model.pt"
+EXPORT_SEGMENTS = 3  # random weights: the export's own check need not be long
+
+# Form, M, S and backbone of each preset. BERT-base: input size 512 = 499 text tokens, 10 memory vectors, 3 specials.
+PRESETS: dict[str, dict[str, Any]] = {
+    "bert-base": {
+        "form": "encoder", "num_memory": 10, "segment_length": 499, "vocab_size": 28996, "width": 768, "num_logits": 6,
+        "prefix_ids": (101,), "middle_ids": (102,), "suffix_ids": (102,), "dropped_ids": (0, 101, 102),
+        "backbone": {
+            "model_type": "bert", "vocab_size": 28996, "hidden_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512, "num_labels": 6,
+        },
+    },
+    "gpt2-small": {
+        "form": "decoder", "num_memory": 16, "segment_length": 512, "vocab_size": 50257, "width": 768,
+        "num_logits": 50257,
+        "backbone": {
+            "model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
+        },
+    },
+    "llama-1b": {
+        "form": "decoder", "num_memory": 16, "segment_length": 1024, "vocab_size": 32000, "width": 2048,
+        "num_logits": 32000,
+        "backbone": {
+            "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192,
+            "max_position_embeddings": 8192, "tie_word_embeddings": False,
+        },
+    },
+}  # fmt: skip
+PRESET_NAMES = (*PRESETS, "example")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A bundle to run, and the PyTorch model that it was exported from, which the peers run."""
+
+    name: str
+    bundle: Path
+    model: RMTModel
+    weights: str
+
+
+def preset_config(name: str) -> ModelConfig:
+    """Errors: ContractError for a name that is no preset."""
+    from rmt_trt.model.config import ModelConfig
+
+    if name not in PRESETS:
+        raise ContractError(f"--preset is {name!r}; expected one of {', '.join(PRESET_NAMES)}")
+    return ModelConfig(**PRESETS[name])
+
+
+def prepare(
+    source: Path | None, preset: str | None, work: Path, engine: str, dtype: str, say: Callable[[str], None]
+) -> Prepared:
+    """The bundle with the graphs of `engine` and `dtype`, and its model.
+
+    A bundle of the user's is taken as it is. Of a checkpoint or a preset, one is exported into `work` and reused.
+    Errors: ContractError when neither or both are given; FormatError for a bundle without the graphs.
+    """
+    if (source is None) == (preset is None):
+        raise ContractError("give either a bundle or checkpoint to measure, or --preset " + "|".join(PRESET_NAMES))
+    if source is not None and source.is_dir() and (source / "manifest.json").exists():
+        return _own_bundle(source, engine, dtype)
+    if preset == "example":
+        source = EXAMPLE
+    if preset not in (None, "example"):
+        preset_config(str(preset))
+    name = str(preset) if preset is not None else Path(str(source)).stem
+    say(f"{name}: reading or building the model")
+    loaded = _load(source) if source is not None else _random_model(name)
+    bundle = work / f"{name}.rmt"
+    _export(loaded, bundle, source, say)
+    if engine not in ("cpu", "torch") and not has_graphs(bundle, engine, dtype):
+        from rmt_trt.export import add_engine_graphs
+
+        say(f"{name}: making the graphs for engine {engine} in {dtype}")
+        add_engine_graphs(bundle, engine=engine, dtype=dtype, model=loaded.model)
+    return Prepared(name, bundle, loaded.model, "trained" if source is not None else "random, seed 0")
+
+
+def has_graphs(bundle: Path, engine: str, dtype: str) -> bool:
+    """Whether a bundle holds graphs made for an engine and dtype."""
+    from rmt_trt.bundle import Bundle
+
+    return any(graph.engine == engine and graph.dtype == dtype for graph in Bundle(bundle).manifest.graphs)
+
+
+def _own_bundle(path: Path, engine: str, dtype: str) -> Prepared:
+    from rmt_trt.bundle import Bundle
+
+    if engine not in ("cpu", "torch") and not has_graphs(path, engine, dtype):
+        raise FormatError(
+            f"{path} holds no {dtype} graphs for engine '{engine}'. Add them with: rmt-export {path} --engine {engine} "
+            f"--dtype {dtype}"
+        )
+    bundle = Bundle(path)
+    beside = path.resolve().parent / str(bundle.manifest.source.get("file") or "none")
+    if beside.suffix == ".pt" and beside.is_file():
+        loaded = _load(beside)
+        if loaded.spec.fingerprint == bundle.spec.fingerprint:
+            return Prepared(path.stem, path, loaded.model, "trained")
+    from rmt_trt.export.recover import model_from_bundle
+
+    return Prepared(path.stem, path, model_from_bundle(bundle), "trained")
+
+
+def _load(path: Path) -> LoadedModel:
+    from rmt_trt.model.checkpoint import load_model
+
+    return load_model(path)
+
+
+def _random_model(name: str) -> LoadedModel:
+    import torch
+
+    from rmt_trt.model.checkpoint import LoadedModel
+    from rmt_trt.model.step import build_model, model_spec
+
+    torch.manual_seed(0)
+    model = build_model(preset_config(name))
+    return LoadedModel(model, model_spec(model), None)
+
+
+def _export(loaded: LoadedModel, bundle: Path, source: Path | None, say: Callable[[str], None]) -> None:
+    """Exports into `bundle` unless it holds these weights already."""
+    from rmt_trt.bundle import Bundle
+    from rmt_trt.export import ExportOptions, export_model
+
+    if bundle.is_dir() and Bundle(bundle).spec.fingerprint == loaded.spec.fingerprint:
+        say(f"{bundle} is reused")
+        return
+    say(f"exporting {bundle}")
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    export_model(loaded, bundle, ExportOptions(segments=EXPORT_SEGMENTS, overwrite=bundle.exists()), source=source)
