@@ -1,5 +1,8 @@
 """Form E as a graph of fused nodes: `[prefix] memory [middle] text [suffix]`, memory read and written in one place.
 
+Attention does not know the order of its rows, positions are added to them: so the rows stand here as memory first,
+which saves copies, and each has the position of the published order.
+
 Two roles. "full": every row has S tokens, nothing is masked. "step": rows of 0 to S tokens, filled up with -1; the
 special tokens stand right behind a row's own text and attention ends there.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
 from rmt_trt.export.fused import blocks
@@ -27,8 +31,8 @@ def encoder_step(graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Ba
     lengths = None if count is None else _lengths(graph, config, count)
 
     embedding_norm = backbone.embedding_norm
-    assert embedding_norm is not None and backbone.positions is not None
-    positions = graph.weight("positions", backbone.positions)
+    assert embedding_norm is not None
+    positions = _positions(graph, config, backbone)
     value = blocks.skip_norm(graph, rows, positions, None, embedding_norm, "embedding_norm")[0]
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
@@ -45,14 +49,13 @@ def encoder_step(graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Ba
         inner = blocks.mlp(graph, value, layer, backbone.activation, name)
         value = _add_norm(graph, inner, value, layer.down, layer.norm2, name("down"), name("norm2"))
 
-    first = len(config.prefix_ids)
-    written = graph.to_float(graph.slice(value, first, first + config.num_memory))
+    written = graph.to_float(graph.slice(value, 0, config.num_memory))
     if count is not None:
         alive = graph.node("Unsqueeze", graph.node("Greater", count, graph.constant(0, np.int32)), graph.constant([2]))
         written = graph.node("Where", alive, written, memory)
     graph.output(written, state.output, ir.DataType.FLOAT, ("batch", *state.shape))
     if head != "none":
-        graph.output(_classes(graph, value, backbone), LOGITS, ir.DataType.FLOAT, ("batch", spec.num_logits))
+        graph.output(_classes(graph, config, value, backbone), LOGITS, ir.DataType.FLOAT, ("batch", spec.num_logits))
 
 
 def _add_norm(
@@ -91,46 +94,44 @@ def _rows(
     segment: ir.Value,
     count: ir.Value | None,
 ) -> ir.Value:
-    """(batch, L, d): word rows and memory, in the order of the step."""
-    word = graph.weight("word", backbone.word)
-    text = _text_ids(graph, config, spec, segment, count)
-    parts = [graph.to_half(memory), graph.node("Gather", word, text)]
-    if config.prefix_ids:
-        one = graph.weight("prefix", backbone.word[list(config.prefix_ids)][None])
-        batch = graph.node("Shape", segment, start=0, end=1)
-        shape = graph.node("Concat", batch, graph.constant([len(config.prefix_ids), backbone.word.shape[1]]), axis=0)
-        parts.insert(0, graph.node("Expand", one, shape))
-    return graph.node("Concat", *parts, axis=1)
+    """(batch, L, d): memory, then the words of `[prefix] [middle] text [suffix]`."""
+    words = graph.node("Gather", graph.weight("word", backbone.word), _ids(graph, config, spec, segment, count))
+    return graph.node("Concat", graph.to_half(memory), words, axis=1)
 
 
-def _text_ids(graph: Graph, config: ModelConfig, spec: StepSpec, segment: ir.Value, count: ir.Value | None) -> ir.Value:
-    """(batch, middle + S + suffix) int64: what follows the memory, special tokens in their places."""
-    middle, suffix = len(config.middle_ids), len(config.suffix_ids)
-    around = {*config.middle_ids, *config.suffix_ids}
-    fill = around.pop() if len(around) == 1 and count is None else config.pad_id
+def _positions(graph: Graph, config: ModelConfig, backbone: Backbone) -> ir.Value:
+    """(L, d): the rows' positions in the published order, `[prefix] memory [middle] text [suffix]`."""
+    assert backbone.positions is not None
+    before, behind = len(config.prefix_ids), len(config.prefix_ids) + config.num_memory
+    rows = backbone.positions
+    return graph.weight("positions", torch.cat([rows[before:behind], rows[:before], rows[behind:]]))
+
+
+def _ids(graph: Graph, config: ModelConfig, spec: StepSpec, segment: ir.Value, count: ir.Value | None) -> ir.Value:
+    """(batch, prefix + middle + S + suffix) int64. In role "step" the suffix stands right behind the row's own text."""
+    front, suffix = [*config.prefix_ids, *config.middle_ids], list(config.suffix_ids)
+    behind = suffix if count is None else [config.pad_id] * len(suffix)
+    fixed = np.array([*front, *[config.pad_id] * spec.segment_length, *behind])[None]
+    place = np.arange(-len(front), spec.segment_length + len(suffix))[None]
     ids = segment
-    if middle or suffix:
-        ids = graph.node("Pad", segment, graph.constant([0, middle, 0, suffix]), graph.constant(fill))
-    special = {place: token for place, token in enumerate(config.middle_ids) if token != fill}
-    if count is None:
-        special |= {middle + spec.segment_length + i: t for i, t in enumerate(config.suffix_ids) if t != fill}
-    for place, token in special.items():
-        mask = np.zeros((1, middle + spec.segment_length + suffix), bool)
-        mask[0, place] = True
-        ids = graph.node("Where", graph.constant(mask, bool), graph.constant(token), ids)
+    if fixed.shape[1] > spec.segment_length:  # a batch of any size leaves no other way to widen the rows
+        ids = graph.node("Gather", segment, graph.constant(place[0].clip(0, spec.segment_length - 1)), axis=1)
+        text = graph.constant((place >= 0) & (place < spec.segment_length), bool)
+        ids = graph.node("Where", text, ids, graph.constant(fixed))
     if count is None:
         return ids
-    place = graph.constant(np.arange(-middle, spec.segment_length + suffix)[None], np.int32)
-    ids = graph.node("Where", graph.node("Less", place, count), ids, graph.constant(config.pad_id))
-    for offset, token in enumerate(config.suffix_ids):  # right behind the row's own text
-        behind = graph.node("Equal", place, graph.node("Add", count, graph.constant(offset, np.int32)))
-        ids = graph.node("Where", behind, graph.constant(token), ids)
+    within = graph.node("Less", graph.constant(place, np.int32), count)
+    ids = graph.node("Where", within, ids, graph.constant(config.pad_id))
+    for offset, token in enumerate(suffix):
+        here = graph.node("Equal", graph.constant(place - offset, np.int32), count)
+        ids = graph.node("Where", here, graph.constant(token), ids)
     return ids
 
 
-def _classes(graph: Graph, value: ir.Value, backbone: Backbone) -> ir.Value:
-    """(batch, c) float32: the head over the first row."""
-    row = graph.node("Gather", value, graph.constant(0), axis=1)
+def _classes(graph: Graph, config: ModelConfig, value: ir.Value, backbone: Backbone) -> ir.Value:
+    """(batch, c) float32: the head over the first row of the published order."""
+    first = config.num_memory if config.prefix_ids else 0
+    row = graph.node("Gather", value, graph.constant(first), axis=1)
     for number, (matrix, kind) in enumerate(backbone.head):
         row = blocks.linear(graph, row, matrix, f"head{number}")
         if kind != "none":
