@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import tempfile
@@ -129,7 +130,10 @@ def _export(step: nn.Module, spec: StepSpec, opset: int) -> Any:
     segment = torch.zeros((2, length), dtype=torch.int64, device=device)
     batch = torch.export.Dim("batch", min=1)
     text = torch.export.Dim("text", min=1, max=spec.segment_length) if spec.segment_length > 1 else None
-    shapes = (*({0: batch} for _ in states), {0: batch, 1: text} if text else {0: batch})
+    shapes: tuple[Any, ...] = (*({0: batch} for _ in states), {0: batch, 1: text} if text else {0: batch})
+    for number, parameter in enumerate(inspect.signature(step.forward).parameters.values()):
+        if parameter.kind is parameter.VAR_POSITIONAL:  # torch.export counts what *inputs takes as one argument
+            shapes = (*shapes[:number], shapes[number:])
     try:
         with _quiet(), torch.no_grad():
             return torch.onnx.export(
