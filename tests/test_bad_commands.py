@@ -121,7 +121,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "skip beyond the end": ("l.rmt ids.npy --skip 100", "the document is empty"),
     "skip in a text": ("l.rmt words.txt --skip 2", "--skip counts tokens, so it goes with token ids (.npy, or --ids)"),
     "skip in a batch": ("l.rmt batch.npy --skip 2", "--skip goes with one document; batch.npy holds an array of shape (3, 30)"),
-    "batch too large": ("l.rmt batch.npy --max-batch 2", "stream got 3 documents; this runtime steps at most max_batch=2"),
+    "batch too large": ("l.rmt batch.npy --max-batch 2 --logits loglik", "stream got 3 documents; this runtime steps at most max_batch=2"),
     "engine": ("l.rmt ids.npy --engine gpu", "engine is 'gpu'; expected 'auto' or one of cpu"),
     "engine for another file": ("l.rmt ids.npy --engine torch", "engine 'torch' cannot run"),
     "dtype": ("l.rmt ids.npy --dtype float32", "dtype is 'float32'; expected one of fp32"),

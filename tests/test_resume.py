@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from models import Made, S, check_parity, made
+from wrapped import Wrapped
 
 from rmt_trt import ContractError, EngineError, FormatError, RMTRuntime, State, TokenError
-from rmt_trt.contract import Engine
+from rmt_trt.contract import Engine, Head
 
 MODELS = ("bert", "gpt2")
 LENGTH = 3 * S + 7
@@ -208,16 +209,15 @@ def test_where_a_cut_changes_the_segments_there_is_no_state(alignment: str) -> N
             runtime.run([5], state=state, alignment=alignment)
 
 
-class Interrupted:
+class Interrupted(Wrapped):
     """An engine in whose step number `at` something is raised, before or after the step was done."""
 
     def __init__(self, engine: Engine, at: int, error: BaseException, after: bool) -> None:
-        self.inner, self.name, self.dtype = engine, engine.name, engine.dtype
-        self.load, self.fetch, self.take, self.close = engine.load, engine.fetch, engine.take, engine.close
+        super().__init__(engine)
         self.left, self.error, self.after = at, error, after
 
-    def step(self, states: Any, segment: np.ndarray, logits: bool) -> Any:
-        done = self.inner.step(states, segment, logits) if self.left or self.after else None
+    def step(self, states: Any, segment: np.ndarray, head: Head, host: bool = True) -> Any:
+        done = self.inner.step(states, segment, head, host) if self.left or self.after else None
         if not self.left:
             raise self.error
         self.left -= 1

@@ -7,6 +7,8 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,18 +73,22 @@ def run(
         if isinstance(tokens, str):
             tokens = runtime.encode(tokens)
         state = None if load_state is None else runtime.load_state(load_state)
-        keep = out is not None and out.suffix == ".npz"
-        stream = runtime.stream(
-            tokens, state, alignment=alignment, logits=logits, max_segments=max_segments,
-            overflow=overflow, keep=keep,
-        )  # fmt: skip
-        if save_state is not None and isinstance(stream.state, list):
-            raise ContractError(
-                f"--save-state {save_state} goes with one document, not with a batch; save states from Python instead"
-            )
-        started = time.perf_counter()
+        options: dict[str, Any] = {
+            "alignment": alignment, "logits": logits, "max_segments": max_segments, "overflow": overflow,
+        }  # fmt: skip
+        stream, started = None, time.perf_counter()
+        if save_state is not None or logits not in ("last", "none"):
+            # Segment by segment: only there is a state to be kept at any moment, and rows to be let go.
+            stream = runtime.stream(tokens, state, **options, keep=out is not None and out.suffix == ".npz")
+            if save_state is not None and isinstance(stream.state, list):
+                raise ContractError(
+                    f"--save-state {save_state} goes with one document, not with a batch; save states from Python instead"
+                )
         try:
-            _drive(stream, screen, _total(tokens))
+            with _shown(screen, _total(tokens)) as show:
+                result = (
+                    runtime.run(tokens, state, **options, on_progress=show) if stream is None else _drive(stream, show)
+                )
         except KeyboardInterrupt:
             _keep("interrupted", stream, save_state, skip, load_state, runtime, screen)
             raise SystemExit(130) from None
@@ -90,28 +96,42 @@ def run(
             if save_state is not None:
                 _keep("stopped", stream, save_state, skip, load_state, runtime, screen)
             raise
-        result, seconds = stream.result, time.perf_counter() - started
-        if save_state is not None:
+        seconds = time.perf_counter() - started
+        if save_state is not None and stream is not None:
             stream.state.save(save_state)
         _write(result, out, _facts(runtime, result, seconds))
         screen.print(_summary(runtime, result, seconds))
 
 
-def _drive(stream: Stream, screen: Console, total: int | None) -> None:
-    """Takes every piece, showing tokens per second, segments, time left and peak memory."""
+def _drive(stream: Stream, show: Callable[[int], None]) -> RunResult | BatchResult:
+    """Takes every piece of a stream, telling of each."""
+    tokens = 0
+    for piece in stream:
+        tokens += piece.stop - piece.start
+        show(tokens)
+    return stream.result
+
+
+@contextmanager
+def _shown(screen: Console, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A function that takes the number of tokens done and shows it, with tokens per second, time left and peak memory."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=screen, disable=not screen.is_terminal, refresh_per_second=4) as bars:
         task = bars.add_task("running", total=total, rate="")
         started = shown = time.perf_counter()
-        tokens = 0
-        for segments, piece in enumerate(stream, 1):
-            tokens += piece.stop - piece.start
+        done = 0
+
+        def show(tokens: int) -> None:
+            nonlocal shown, done
+            done = tokens
             if (now := time.perf_counter()) - shown >= 0.25:
                 shown = now
-                rate = f"{tokens / (now - started):,.0f} tokens/s, {segments:,} segments, {peak_memory_mb():,.0f} MB"
+                rate = f"{tokens / (now - started):,.0f} tokens/s, {peak_memory_mb():,.0f} MB"
                 bars.update(task, completed=tokens, rate=rate)
-        bars.update(task, completed=total if total is not None else tokens)
+
+        yield show
+        bars.update(task, completed=total if total is not None else done)
 
 
 def _total(tokens: Any) -> int | None:
@@ -120,7 +140,7 @@ def _total(tokens: Any) -> int | None:
 
 def _keep(
     what: str,
-    stream: Stream,
+    stream: Stream | None,
     save_state: Path | None,
     skip: int,
     load_state: Path | None,
@@ -128,7 +148,7 @@ def _keep(
     screen: Console,
 ) -> None:
     """Saves the state of a run that was broken off, and says how to go on."""
-    if save_state is None:
+    if save_state is None or stream is None:
         screen.print(f"{what}; nothing was saved (--save-state FILE would have kept the state)")
         return
     state = stream.state
