@@ -1,0 +1,313 @@
+"""Graphs made for an engine, added to a bundle: fused where that is known, plain otherwise, checked before they go in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rmt_trt.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, add_files
+from rmt_trt.errors import ContractError, EngineError, FormatError
+from rmt_trt.export.fused import CannotFuse, fused_graphs
+from rmt_trt.export.graph_check import GraphCheck, check_graphs
+from rmt_trt.export.plain import plain_graph
+from rmt_trt.export.recover import model_from_bundle
+from rmt_trt.export.verify import (
+    TOLERANCES,
+    Reference,
+    Report,
+    check_options,
+    engine_reference,
+    model_reference,
+    step_reference,
+    verify,
+)
+from rmt_trt.files import cannot_write, checked_path, sha256, write_file
+from rmt_trt.model.step import DecoderStep, EncoderStep, fingerprint
+from rmt_trt.runtime import RMTRuntime
+from rmt_trt.runtime.engines import refusal
+from rmt_trt.runtime.source import open_source
+
+ENGINE = "cuda"
+DTYPES = ("fp32", "fp16", "bf16")
+GRAPHS = "graphs"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """check_segments: how many every graph goes through on the CPU, one of them short; 0 leaves the check out.
+    segments: how many the verification on the engine itself goes through; 0 leaves it out. tolerance: of that one;
+    None takes the table's. accept_drift adds graphs that breach it. plain: fuse nothing."""
+
+    check_segments: int = 8
+    segments: int = 16
+    tolerance: float | None = None
+    accept_drift: bool = False
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        for count in (self.check_segments, self.segments):
+            check_options(2 if count == 0 else count, self.tolerance)
+
+
+@dataclass(frozen=True)
+class EngineGraphs:
+    """What was added. fused: how often a fused node stands in one step, by its kind; {} of plain graphs.
+
+    plain       why the graphs are plain ones, or None
+    check       the errors on the CPU provider, or None where it was left out or is not possible
+    report      the verification on the engine, or None
+    unverified  why there is none, or None
+    """
+
+    engine: str
+    dtype: str
+    entries: tuple[GraphEntry, ...]
+    fused: dict[str, int]
+    plain: str | None = None
+    check: GraphCheck | None = None
+    report: Report | None = None
+    unverified: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest records: `verification.engines.ENGINE.DTYPE`."""
+        return {
+            "fused": dict(sorted(self.fused.items())),
+            "plain": self.plain,
+            "check": None if self.check is None else self.check.to_json(),
+            "verification": None if self.report is None else summary(self.report),
+            "unverified": self.unverified,
+        }
+
+
+def add_engine_graphs(
+    bundle_path: Path | str,
+    engine: str = ENGINE,
+    dtype: str = "fp16",
+    model: nn.Module | None = None,
+    options: EngineOptions = EngineOptions(),
+    progress: Progress = lambda stage, done, total: None,
+) -> EngineGraphs:
+    """Adds graphs made for `engine` in `dtype` to an existing bundle; those of the same engine and dtype are replaced.
+
+    model     the float32 model, or the step of the user's own, that the bundle was exported from; None takes a
+              published model out of the bundle itself
+    progress  called with (stage, done, total); stages are "graphs", "check" and "verify"
+
+    The graphs are checked on ONNX Runtime's CPU provider (fused half-precision ones by their float32 twins), and
+    verified along the recurrence where this machine can run the engine; only then are they added, all or none.
+    Errors: ContractError for options that do not fit; FormatError, when the bundle does not give its model or cannot be
+    written; VerificationError, when a graph does not compute the model, or drifts.
+    """
+    path = checked_path(bundle_path)
+    if engine != ENGINE or dtype not in DTYPES:
+        raise ContractError(
+            f"no graphs are made for engine {engine!r} in {dtype!r}; expected engine '{ENGINE}' and one of {', '.join(DTYPES)}"
+        )
+    bundle = Bundle(path)
+    step = _step(bundle, dtype, model)
+    try:
+        # Beside the bundle: a folder for temporary files may be smaller than a model.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.resolve().parent) as scratch:
+            stage = Path(scratch) / "stage.rmt"
+            (stage / GRAPHS).mkdir(parents=True)
+            progress("graphs", 0, 1)
+            made = _write(bundle, step, engine, dtype, stage / GRAPHS, options)
+            progress("graphs", 1, 1)
+            reference = _reference(bundle, step)
+            if options.check_segments and reference is not None:
+                made = replace(made, check=_check(bundle, step, made, stage, reference, options, progress))
+            made = _verify(bundle, made, stage, reference, options, progress)
+            _add(path, made, stage)
+    except OSError as err:
+        raise cannot_write(path, err) from err
+    return made
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """What a manifest keeps of a verification."""
+    return {
+        "passed": report.passed,
+        "worst": report.to_json()["worst"],
+        "tolerance": report.tolerance,
+        "segments": report.segments,
+        "accepted_drift": not report.passed,
+    }
+
+
+def _step(bundle: Bundle, dtype: str, model: nn.Module | None) -> nn.Module | None:
+    """The module to export, in float32, proved to be the bundle's; None where step.onnx itself is all that is needed."""
+    if model is None:
+        if bundle.manifest.model is not None:
+            return model_from_bundle(bundle)
+        if dtype == "fp32":
+            return None
+        raise FormatError(
+            f"{bundle.path} holds a step of the user's own, which no file describes: {dtype} graphs of it are made from its "
+            f"PyTorch module. Pass it: rmt_trt.export.add_engine_graphs(path, dtype='{dtype}', model=step)"
+        )
+    values = zip(bundle.spec.states, bundle.initial(), strict=True)
+    if (
+        fingerprint(model, {state.initial: torch.from_numpy(value) for state, value in values})
+        != bundle.spec.fingerprint
+    ):
+        raise FormatError(
+            f"the model holds other weights than {bundle.path} was exported from. Give the right checkpoint, or export again"
+        )
+    return model.eval()
+
+
+def _write(
+    bundle: Bundle, step: nn.Module | None, engine: str, dtype: str, folder: Path, options: EngineOptions
+) -> EngineGraphs:
+    """Writes the graphs into `folder`; their entries have the names that they get in the bundle."""
+    reason = "asked for" if options.plain else "a step of the user's own"
+    if isinstance(step, (EncoderStep, DecoderStep)) and not options.plain:
+        try:
+            made = fused_graphs(step, bundle.spec, dtype, folder)
+            return EngineGraphs(engine, dtype, tuple(map(_in_bundle, made.entries)), made.fused)
+        except CannotFuse as err:
+            reason = str(err)
+    if dtype == "fp32" or step is None:
+        entry = bundle.graph("cpu", "fp32")
+        if entry is None:
+            raise FormatError(f"{bundle.path} holds no fp32 graph of its step. Export the model again")
+        return EngineGraphs(engine, dtype, (replace(entry, engine=engine),), {}, reason)
+    initial = {state.initial: value for state, value in zip(bundle.spec.states, bundle.initial(), strict=True)}
+    name = f"{engine}-{dtype}-step-all.onnx"
+    entry = plain_graph(step, bundle.spec, dtype, folder / name, initial, engine=engine)
+    return EngineGraphs(engine, dtype, (_in_bundle(entry),), {}, reason)
+
+
+def _in_bundle(entry: GraphEntry) -> GraphEntry:
+    data = tuple(f"{GRAPHS}/{name}" for name in entry.data)
+    return replace(entry, file=f"{GRAPHS}/{entry.file}", data=data)
+
+
+def _reference(bundle: Bundle, step: nn.Module | None) -> Reference | None:
+    if step is None:
+        return None
+    if isinstance(step, (EncoderStep, DecoderStep)):
+        return model_reference(step)
+    return step_reference(step, bundle.spec, bundle.initial())
+
+
+def _check(
+    bundle: Bundle,
+    step: nn.Module | None,
+    made: EngineGraphs,
+    stage: Path,
+    reference: Reference,
+    options: EngineOptions,
+    progress: Progress,
+) -> GraphCheck | None:
+    """Runs the graphs on the CPU provider: fused ones as fp32 twins, a plain fp16 one as it is. It has no bf16, and
+    step.onnx was verified when it was exported."""
+    folder, entries = stage, made.entries
+    if made.plain is not None and made.dtype != "fp16":
+        return None
+    if made.plain is None and made.dtype != "fp32":
+        folder = stage.with_name("twins")
+        folder.mkdir()
+        assert isinstance(step, (EncoderStep, DecoderStep))  # nothing else was fused
+        # Rotary attention as in the graphs that are checked; the CPU provider has that node in fp32 too.
+        entries = fused_graphs(step, bundle.spec, "fp32", folder, grouped=True).entries
+    try:
+        return check_graphs(
+            entries, folder, bundle.spec, bundle.initial(), reference, options.check_segments,
+            TOLERANCES[entries[0].dtype], progress=lambda done, total: progress("check", done, total),
+        )  # fmt: skip
+    except (EngineError, FormatError):
+        if made.plain is None:
+            raise
+        return None  # the CPU provider lacks a node in fp16: no fault of the graph
+    finally:
+        if folder != stage:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _verify(
+    bundle: Bundle,
+    made: EngineGraphs,
+    stage: Path,
+    reference: Reference | None,
+    options: EngineOptions,
+    progress: Progress,
+) -> EngineGraphs:
+    """Runs the engine itself on the bundle as it is going to be, where this machine can."""
+    if not options.segments:
+        return replace(made, unverified="left out")
+    _fill(stage, bundle, made)
+    source = open_source(stage)
+    reason = refusal(made.engine, source, made.dtype, 0)
+    if reason is not None:
+        return replace(made, unverified=reason)
+    with RMTRuntime(stage, engine=made.engine, dtype=made.dtype) as runtime, contextlib.ExitStack() as stack:
+        name = "PyTorch recurrence"
+        if reference is None:
+            exact = stack.enter_context(RMTRuntime(stage, engine="cpu", dtype="fp32"))
+            reference, name = engine_reference(exact), "fp32 graph on the CPU"
+        report = verify(
+            runtime, reference, options.segments, options.tolerance, name=name,
+            progress=lambda done, total: progress("verify", done, total),
+        )  # fmt: skip
+    if not options.accept_drift:
+        report.require()
+    return replace(made, report=report)
+
+
+def _fill(stage: Path, bundle: Bundle, made: EngineGraphs) -> None:
+    """Makes `stage` the bundle with the new graphs in it: its files are linked, or copied where that is impossible."""
+    old = bundle.manifest
+    for name in old.files:
+        source, target = bundle.path / name, stage / name
+        if target.exists() or source.is_symlink() or not source.is_file():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+    new = {f"{GRAPHS}/{file.name}": file for file in sorted((stage / GRAPHS).iterdir()) if file.name in _names(made)}
+    files = {name: FileEntry(file.stat().st_size, sha256(file)) for name, file in new.items()}
+    graphs = (*(graph for graph in old.graphs if not _same_use(graph, made)), *made.entries)
+    write_file(stage / MANIFEST, replace(old, files={**old.files, **files}, graphs=graphs).to_json().encode())
+
+
+def _names(made: EngineGraphs) -> set[str]:
+    """Names in `graphs/` of what was written."""
+    names = {name for entry in made.entries for name in (entry.file, *entry.data)}
+    return {name.removeprefix(f"{GRAPHS}/") for name in names if name.startswith(f"{GRAPHS}/")}
+
+
+def _same_use(graph: GraphEntry, made: EngineGraphs) -> bool:
+    return (graph.engine, graph.dtype) == (made.engine, made.dtype)
+
+
+def _add(path: Path, made: EngineGraphs, stage: Path) -> None:
+    files = {f"{GRAPHS}/{name}": stage / GRAPHS / name for name in sorted(_names(made))}
+    add_files(
+        path,
+        files,
+        made.entries,
+        drop=lambda graph: _same_use(graph, made),
+        verification=lambda old: recorded(old, made.engine, made.dtype, made.to_json()),
+    )
+
+
+def recorded(verification: Mapping[str, Any], engine: str, dtype: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's `verification` with the record of an engine and dtype in it."""
+    engines = verification.get("engines")
+    engines = dict(engines) if isinstance(engines, dict) else {}
+    before = engines.get(engine)
+    engines[engine] = {**(before if isinstance(before, dict) else {}), dtype: dict(record)}
+    return {**verification, "engines": engines}
