@@ -35,6 +35,8 @@ class Lane:
 
     A full segment of which no logits are wanted is *plain*: plain ones are stepped in blocks, the others one by one.
 
+    plain      plain segments that come next, among the tokens that were read
+    known      whether the document's end was read, so that no more segments than these are plain
     lookahead  tokens that must be seen behind a full segment before it is known to be plain: none where no logits are
                wanted; one, to know that it is not the last; a segment of them, where a short last one keeps a state
                in front of it, with the row of logits that scores its first token
@@ -50,7 +52,8 @@ class Lane:
         self.answer: Any = None
         self._size, self._language = spec.segment_length, spec.logits == "lm"
         self._lookahead = lookahead
-        self._ids, self._at, self._ended = EMPTY, 0, False
+        self.plain, self.known = 0, False
+        self._ids, self._at = EMPTY, 0
 
     @property
     def left(self) -> int:
@@ -62,32 +65,26 @@ class Lane:
         """Segments stepped through."""
         return self.full + self.short
 
-    @property
-    def plain(self) -> int:
-        """Plain segments that come next, among the tokens that were read."""
-        if self.track.cut.size(self.steps) < self._size:
-            return 0
-        return max(0, (self.left - self._lookahead) // self._size)
-
-    @property
-    def known(self) -> bool:
-        """Whether the document's end was read, so that no more segments than `plain` are plain."""
-        return self._ended
-
     def fill(self, segments: int) -> None:
         """Reads on until `segments` plain ones, or one of another kind, lie ready, or the document has ended."""
         wanted = segments * self._size + self._lookahead - self.left
-        if self._ended or wanted <= 0:
+        if self.known or wanted <= 0:
             return
         rest = self._ids[self._at :]
         new = self.track.read(wanted)
-        self._ended = len(new) < wanted
+        self.known = len(new) < wanted
         self._ids, self._at = (np.concatenate([rest, new]) if len(rest) else new), 0
+        self._look()
+
+    def _look(self) -> None:
+        full = self.track.cut.size(self.steps) == self._size
+        self.plain = max(0, (self.left - self._lookahead) // self._size) if full else 0
 
     def take_block(self, segments: int) -> np.ndarray:
         """Moves past as many plain segments: (segments, S) int64."""
         start, self._at = self._at, self._at + segments * self._size
         self.full += segments
+        self.plain -= segments
         return self._ids[start : self._at].reshape(segments, self._size)
 
     def next_ids(self) -> np.ndarray:
@@ -96,7 +93,7 @@ class Lane:
 
     def is_last(self) -> bool:
         """Whether the segment that comes next is the last. After `fill(1)`, where a lookahead tells."""
-        return self._ended and self.left <= self.track.cut.size(self.steps)
+        return self.known and self.left <= self.track.cut.size(self.steps)
 
     def advance(self, new: Place) -> None:
         """Moves past the segment that comes next, whose states lie at `new`."""
@@ -109,6 +106,7 @@ class Lane:
                 self.before, self.tail = self.place, ids
         self._at += len(ids)
         self.place = new
+        self._look()
 
     def say(self, row: Any, last: bool) -> None:
         """Takes the logits of a segment's last token, after `advance`; `last` says that it was the document's last."""

@@ -31,7 +31,8 @@ def last_rows(logits: np.ndarray, segment: np.ndarray, kind: LogitsKind) -> np.n
     if kind == "classifier":
         return logits.copy()
     last = np.maximum((segment >= 0).sum(axis=1) - 1, 0)
-    return logits[np.arange(len(segment)), last]
+    rows: np.ndarray = logits[np.arange(len(segment)), last]
+    return rows
 
 
 def token_scores(logits: np.ndarray, segment: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class RMTRuntime:
     path     `NAME.rmt`, `step.onnx`, or a checkpoint such as `model.pt` (the PyTorch reference)
     engine   "auto" takes the best that this machine can run; a name takes that one or fails. `rt.engine` says which
              it is, `rt.refused` why better ones were not taken
-    dtype    "fp32", ...; None takes the engine's own
+    dtype    "fp32", ...; None takes the best that the bundle has for the engine
     device   GPU index, for GPU engines
     threads  CPU threads of a step; None takes all cores. The PyTorch engine sets it for the whole process
     max_batch  documents that are stepped together at the most; of more, one begins when another ends
@@ -66,8 +66,9 @@ class RMTRuntime:
         self.path = source.path
         self.spec: StepSpec = source.spec
         self.engine, self.refused = choose(source, engine, dtype, device)
-        self.dtype = dtype or "fp32"
-        self._engine: Engine | None = engine_module(self.engine).open_engine(source, self.dtype, device, threads)
+        opened = engine_module(self.engine).open_engine(source, dtype, device, threads)
+        self.dtype = opened.dtype
+        self._engine: Engine | None = opened
         self._initial = source.initial
         self._tokenizer_json = source.tokenizer
         self._tokenizer: Any = None

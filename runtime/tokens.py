@@ -16,6 +16,7 @@ import numpy as np
 
 from rmt_trt.contract import MAX_VOCABULARY, StepSpec
 from rmt_trt.errors import RMTError, TokenError
+from rmt_trt.runtime import cuda
 
 PIECE = 1 << 14  # tokens that are checked at a time: 128 KiB as int64
 GATHER = 4096  # ints of an iterator that are taken at a time, at most
@@ -48,7 +49,10 @@ def split_batch(tokens: Any) -> tuple[list[Any], bool]:
 
 
 def as_array(tokens: Any) -> Any:
-    """A numpy view of anything that speaks DLPack or `__array__`; everything else as it is."""
+    """A numpy view of anything that speaks DLPack or `__array__`; everything else as it is.
+
+    What lies on a GPU is fetched once, as a whole.
+    """
     if isinstance(tokens, np.ma.MaskedArray):
         raise TokenError("tokens are a masked array, whose masked values are no tokens. Pass tokens.compressed()")
     if isinstance(tokens, (np.ndarray, str)):
@@ -57,6 +61,8 @@ def as_array(tokens: Any) -> Any:
         if isinstance(tokens, range):
             tokens = tokens[: MAX_VOCABULARY + 1]  # a longer one leaves any vocabulary within these
             return np.arange(tokens.start, tokens.stop, tokens.step)
+        if cuda.on_gpu(tokens):
+            return cuda.to_host(tokens)
         if hasattr(tokens, "__dlpack__"):
             return np.from_dlpack(tokens)
         if hasattr(tokens, "__array__"):

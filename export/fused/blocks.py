@@ -143,11 +143,15 @@ def rotary_attention(
         )[0]  # fmt: skip
     query, key, content = _normed(graph, qkv, layer, backbone, name)
     places = graph.constant([0])  # the first position; the others follow
-    rotate = {"domain": MICROSOFT, "rotary_embedding_dim": 2 * backbone.rotary[0].shape[1]}
-    if rotate["rotary_embedding_dim"] == backbone.head_size:
-        rotate["rotary_embedding_dim"] = 0  # the whole head
-    query = graph.node("RotaryEmbedding", query, places, cos, sin, num_heads=backbone.heads, **rotate)
-    key = graph.node("RotaryEmbedding", key, places, cos, sin, num_heads=backbone.kv_heads, **rotate)
+    rotated = 2 * backbone.rotary[0].shape[1]
+    rotated = 0 if rotated == backbone.head_size else rotated  # 0 is the whole head
+    query, key = (
+        graph.node(
+            "RotaryEmbedding", part, places, cos, sin,
+            domain=MICROSOFT, num_heads=heads, rotary_embedding_dim=rotated,
+        )
+        for part, heads in ((query, backbone.heads), (key, backbone.kv_heads))
+    )  # fmt: skip
     if backbone.heads != backbone.kv_heads:
         key, content = (_repeat(graph, part, backbone) for part in (key, content))
     return graph.node(

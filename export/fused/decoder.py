@@ -15,10 +15,9 @@ from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
-from rmt_trt.export.fused.layers import Backbone
+from rmt_trt.export.fused.layers import Backbone, Linear
 from rmt_trt.model.config import ModelConfig
-
-LOGLIK = "loglik"
+from rmt_trt.runtime.signature import LOGLIK
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +86,7 @@ def _layers(graph: Graph, backbone: Backbone, layout: Layout, rows: ir.Value, se
     return value
 
 
-def _bias(graph: Graph, name: str, *linears: blocks.Linear) -> ir.Value | None:
+def _bias(graph: Graph, name: str, *linears: Linear) -> ir.Value | None:
     """The sum of the biases, which the norm that follows adds."""
     biases = [linear.bias for linear in linears if linear.bias is not None]
     return graph.weight(name, sum(biases[1:], biases[0])) if biases else None
@@ -153,7 +152,7 @@ def _head(
         graph.output(_scores(graph, layout, matrix, value, segment), LOGLIK, ir.DataType.FLOAT, ("batch", layout.text))
 
 
-def _scores(graph: Graph, layout: Layout, matrix: blocks.Linear, value: ir.Value, segment: ir.Value) -> ir.Value:
+def _scores(graph: Graph, layout: Layout, matrix: Linear, value: ir.Value, segment: ir.Value) -> ir.Value:
     text = graph.slice(value, layout.memory, layout.memory + layout.text)
     logits = graph.to_float(blocks.linear(graph, text, matrix, "head"))
     ids = graph.node("Max", segment, graph.constant(0))

@@ -17,7 +17,7 @@ from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
-from rmt_trt.export.fused.layers import Backbone
+from rmt_trt.export.fused.layers import Backbone, Linear, Norm
 from rmt_trt.model.config import ModelConfig
 
 
@@ -62,8 +62,8 @@ def _add_norm(
     graph: Graph,
     value: ir.Value,
     skip: ir.Value,
-    linear: blocks.Linear,
-    norm: blocks.Norm,
+    linear: Linear,
+    norm: Norm,
     linear_name: str,
     norm_name: str,
 ) -> ir.Value:

@@ -33,7 +33,7 @@ class Weights:
             data = value.detach().to(FLOATS[self.dtype]).contiguous()
             self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
             offset = self._file.tell()
-            self._file.write(memoryview(data.view(torch.uint8).numpy()))
+            self._file.write(data.view(torch.uint8).numpy().data)
             self._entries[name] = ir.ExternalTensor(
                 location=self.path.name,
                 offset=offset,

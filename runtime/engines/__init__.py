@@ -1,7 +1,7 @@
 """Engines: each a small file that satisfies `rmt_trt.contract.Engine`, named in one literal table.
 
 An engine's file has two functions: `refusal(source, dtype, device) -> str | None` says why it cannot run this
-source on this machine, cheaply and without side effects; `open_engine(source, dtype, device, threads) -> Engine` does it.
+source on this machine, cheaply and without side effects (dtype None stands for any); `open_engine(source, dtype, device, threads) -> Engine` does it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rmt_trt.runtime.source import Source
 
 MODULES = {
+    "cuda": "rmt_trt.runtime.engines.cuda",
     "cpu": "rmt_trt.runtime.engines.cpu",
     "torch": "rmt_trt.runtime.engines.torch",
 }
@@ -26,9 +27,9 @@ PREFERENCE = ("tensorrt", "tensorrt-rtx", "cuda", "cpu", "torch")
 class EngineModule(Protocol):
     """What an engine's file offers."""
 
-    def refusal(self, source: Source, dtype: str, device: int) -> str | None: ...
+    def refusal(self, source: Source, dtype: str | None, device: int) -> str | None: ...
 
-    def open_engine(self, source: Source, dtype: str, device: int, threads: int | None) -> Engine: ...
+    def open_engine(self, source: Source, dtype: str | None, device: int, threads: int | None) -> Engine: ...
 
 
 def engine_module(name: str) -> EngineModule:
@@ -43,7 +44,7 @@ def engine_module(name: str) -> EngineModule:
 def refusal(name: str, source: Source, dtype: str | None, device: int) -> str | None:
     """Why an engine cannot run this source on this machine, or None."""
     try:
-        return engine_module(name).refusal(source, dtype or "fp32", device)
+        return engine_module(name).refusal(source, dtype, device)
     except EngineError as err:
         return str(err)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rmt_trt.contract import LOGITS, SEGMENT, Answer, Head, StepSpec
+from rmt_trt.contract import LOGITS, Answer, Head, StepSpec
 from rmt_trt.errors import EngineError, FormatError, require
-from rmt_trt.initial_state import SPEC_KEY, spec_from_metadata
 from rmt_trt.runtime.loglik import reduced
+from rmt_trt.runtime.signature import check_signature
 
 if TYPE_CHECKING:
     from rmt_trt.runtime.source import Source
@@ -22,11 +22,11 @@ ERRORS_ONLY = 3  # ONNX Runtime's log severity
 OLDEST = (1, 24, 4)  # 1.23 opens ../ and absolute paths of external data
 
 
-def refusal(source: Source, dtype: str, device: int) -> str | None:
+def refusal(source: Source, dtype: str | None, device: int) -> str | None:
     """Why this engine cannot run the source, or None."""
     if source.kind == "checkpoint":
         return "it runs an exported graph, and this is a checkpoint. Export it with: rmt-export"
-    if dtype != DTYPE:
+    if dtype not in (None, DTYPE):
         return f"it runs {DTYPE} graphs, not {dtype}"
     if source.bundle is not None and source.bundle.graph(NAME, DTYPE) is None:
         return f"the bundle holds no {DTYPE} graph for it. Export the model again with rmt-export"
@@ -37,10 +37,10 @@ def refusal(source: Source, dtype: str, device: int) -> str | None:
     return None
 
 
-def open_engine(source: Source, dtype: str, device: int, threads: int | None) -> CPUEngine:
+def open_engine(source: Source, dtype: str | None, device: int, threads: int | None) -> CPUEngine:
     """Errors: EngineError or FormatError, when ONNX Runtime refuses the graph or it does not fit its spec."""
     if source.bundle is not None:
-        entry = source.bundle.graph(NAME, dtype)
+        entry = source.bundle.graph(NAME, DTYPE)
         if entry is None:
             raise EngineError(f"{source.path} holds no {dtype} graph for the CPU engine")
         path = source.bundle.graph_path(entry)
@@ -135,41 +135,6 @@ class CPUEngine:
 
     def close(self) -> None:
         self._session = None
-
-
-def check_signature(session: Any, spec: StepSpec, path: Path) -> None:
-    """Compares the graph's inputs and outputs, and the spec that it carries, with the spec.
-
-    Errors: FormatError, naming what differs.
-    """
-    types = {"float32": "tensor(float)", "float16": "tensor(float16)"}
-    wanted: dict[str, tuple[str, int, tuple[int, ...]]] = {SEGMENT: ("tensor(int64)", 2, ())}
-    for state in spec.states:
-        for name in (state.input, state.output):
-            wanted[name] = (types[state.dtype], 1 + len(state.shape), state.shape)
-    wanted[LOGITS] = ("tensor(float)", 2 if spec.logits == "classifier" else 3, (spec.num_logits,))
-    found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
-    if set(found) != set(wanted):
-        raise FormatError(
-            f"{path}: the graph has the inputs and outputs {sorted(found)}; its spec says {sorted(wanted)}. Export it again"
-        )
-    for name, (dtype, rank, trailing) in wanted.items():
-        value = found[name]
-        shape = tuple(value.shape)
-        fixed = shape[len(shape) - len(trailing) :]
-        fits = len(shape) == rank and all(
-            isinstance(size, str) or size is None or size == want for size, want in zip(fixed, trailing, strict=True)
-        )
-        if value.type != dtype or not fits:
-            raise FormatError(
-                f"{path}: the graph's '{name}' is {value.type} of shape {shape}; its spec says {dtype} of rank {rank} "
-                f"ending in {trailing}. Export it again"
-            )
-    metadata = session.get_modelmeta().custom_metadata_map
-    if SPEC_KEY in metadata and spec_from_metadata(metadata, str(path)) != spec:
-        raise FormatError(
-            f"{path}: the graph carries another step spec than the bundle's manifest. Copy the bundle again"
-        )
 
 
 def _one_line(err: Exception) -> str:

@@ -24,16 +24,16 @@ NAME = "torch"
 DTYPE = "fp32"
 
 
-def refusal(source: Source, dtype: str, device: int) -> str | None:
+def refusal(source: Source, dtype: str | None, device: int) -> str | None:
     """Why this engine cannot run the source, or None."""
     if source.model is None:
         return "it runs a checkpoint (model.pt), and this is an exported graph"
-    if dtype != DTYPE:
+    if dtype not in (None, DTYPE):
         return f"the reference runs in {DTYPE}, not {dtype}"
     return None
 
 
-def open_engine(source: Source, dtype: str, device: int, threads: int | None) -> TorchEngine:
+def open_engine(source: Source, dtype: str | None, device: int, threads: int | None) -> TorchEngine:
     """Errors: EngineError, when the source holds no model."""
     if source.model is None:
         raise EngineError(f"{source.path} holds no PyTorch model")

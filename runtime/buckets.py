@@ -1,0 +1,131 @@
+"""Buckets: the memory in which a GPU engine steps so many documents, and the way of tokens into it.
+
+Per bucket of documents (1, 2, 4, ...) there are two memories A and B of every state, one place for a segment's tokens,
+and two stages of page-locked memory. A step reads A and writes B, the next reads B and writes A; tokens are staged a
+block ahead on a stream of their own, and a step takes its own by one small copy on the device. Engines bring what runs
+a step: a `Replay`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from rmt_trt.contract import PAD, StepSpec
+from rmt_trt.runtime.cuda import Gpu
+
+STAGED = 64  # segments that are staged together at most
+STAGED_BYTES = 4 << 20
+TOKEN_BYTES = 8
+
+
+class Replay(Protocol):
+    """One graph on one bucket's memory. `outputs`: where its outputs beside the states lie, with their shapes."""
+
+    outputs: dict[str, tuple[Any, tuple[int, ...]]]
+
+    def run(self, side: int) -> None:
+        """Enqueues a step: from A to B (side 0), or from B to A (side 1)."""
+
+
+@dataclass(eq=False)
+class States:
+    """Rows of every state in device memory of their own: (batch, *shape) each. Nobody writes them again."""
+
+    batch: int
+    buffers: tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class Stage:
+    """Tokens of a block on their way: page-locked, then on the device. `copied` and `used` guard both."""
+
+    pinned: Any
+    host: np.ndarray
+    device: Any
+    places: list[Any]
+    copied: Any
+    used: Any
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Memory of so many documents: A and B of every state, one segment's tokens, two stages; replays by their graph."""
+
+    size: int
+    sides: tuple[tuple[Any, ...], tuple[Any, ...]]
+    tokens: Any
+    stages: tuple[Stage, Stage]
+    turn: int = 0
+    replays: dict[Any, Replay] = field(default_factory=dict)
+
+
+def state_bytes(spec: StepSpec) -> list[int]:
+    """Bytes of one document's states, in the spec's order."""
+    return [math.prod(state.shape) * np.dtype(state.dtype).itemsize for state in spec.states]
+
+
+def new_bucket(gpu: Gpu, spec: StepSpec, size: int) -> Bucket:
+    a, b = (tuple(gpu.allocate(size * nbytes) for nbytes in state_bytes(spec)) for _ in "AB")
+    nbytes = size * spec.segment_length * TOKEN_BYTES
+    staged = max(2, min(STAGED, STAGED_BYTES // nbytes) // 2 * 2)  # even, so that every block begins on side A
+    return Bucket(
+        size, (a, b), gpu.allocate(nbytes), (_stage(gpu, spec, size, staged), _stage(gpu, spec, size, staged))
+    )
+
+
+def _stage(gpu: Gpu, spec: StepSpec, size: int, staged: int) -> Stage:
+    pinned, host = gpu.pinned((staged, size, spec.segment_length), np.int64)
+    host[...] = 0
+    device = gpu.allocate(host.nbytes)
+    each = host.nbytes // staged
+    places = [gpu.part(device, number * each, each) for number in range(staged)]
+    stage = Stage(pinned, host, device, places, gpu.event(), gpu.event())
+    gpu.copies.record(stage.copied)
+    gpu.stream.record(stage.used)
+    return stage
+
+
+def enter(gpu: Gpu, spec: StepSpec, bucket: Bucket, states: States) -> None:
+    """States into A."""
+    for source, target, size in zip(states.buffers, bucket.sides[0], state_bytes(spec), strict=True):
+        gpu.copy(source, target, states.batch * size)
+
+
+def leave(gpu: Gpu, spec: StepSpec, bucket: Bucket, batch: int, steps: int) -> States:
+    """The states of the first `batch` rows after so many steps from A."""
+    made = new_states(gpu, spec, batch)
+    for source, target, size in zip(bucket.sides[steps % 2], made.buffers, state_bytes(spec), strict=True):
+        gpu.copy(source, target, batch * size)
+    return made
+
+
+def new_states(gpu: Gpu, spec: StepSpec, batch: int) -> States:
+    return States(batch, tuple(gpu.allocate(batch * size) for size in state_bytes(spec)))
+
+
+def advance(gpu: Gpu, bucket: Bucket, replay: Replay, segments: np.ndarray) -> None:
+    """Enqueues a step from A on for each of the segments (n, batch, S), and waits for none of them.
+
+    Rows that fill the bucket up are text where all rows are full, since a graph for full rows takes no padding.
+    """
+    filler = 0 if segments.min(initial=0) >= 0 else PAD
+    staged = len(bucket.stages[0].places)
+    for start in range(0, len(segments), staged):
+        block = segments[start : start + staged]
+        stage = bucket.stages[bucket.turn]
+        bucket.turn = 1 - bucket.turn
+        stage.copied.sync()  # from here on the page-locked memory is free again
+        stage.host[: len(block), : block.shape[1]] = block
+        stage.host[: len(block), block.shape[1] :] = filler
+        gpu.copies.wait(stage.used)
+        stage.pinned.copy_to(stage.device, stream=gpu.copies)
+        gpu.copies.record(stage.copied)
+        gpu.stream.wait(stage.copied)
+        for number in range(len(block)):
+            stage.places[number].copy_to(bucket.tokens, stream=gpu.stream)
+            replay.run(number % 2)
+        gpu.stream.record(stage.used)

@@ -1,0 +1,142 @@
+"""Device memory, streams and copies of an NVIDIA GPU through cuda.core: what every GPU engine shares.
+
+Nothing here allocates per segment. Work is enqueued on streams of our own, never on the default one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from rmt_trt.errors import EngineError, require
+
+CUDA_DEVICE, CUDA_MANAGED = 2, 13  # DLDeviceType of the DLPack header
+ALIGNMENT = 256
+
+
+def library() -> Any:
+    """The module cuda.core. Errors: EngineError, naming what to install."""
+    return require("cuda.core", "gpu", "an NVIDIA GPU")
+
+
+def refusal(index: int) -> str | None:
+    """Why GPU `index` cannot be used on this machine, or None. Allocates nothing."""
+    try:
+        core = library()
+        devices = core.Device.get_all_devices()
+    except EngineError as err:
+        return str(err)
+    except Exception as err:  # the driver's own errors share no base class across versions
+        return f"there is no usable CUDA driver ({one_line(err)}). Install or update the NVIDIA driver, see nvidia-smi"
+    if not devices:
+        return "the CUDA driver sees no GPU. Check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    if index >= len(devices):
+        return f"device {index} was asked for; the CUDA driver sees {len(devices)}, numbered from 0"
+    return None
+
+
+def on_gpu(array: Any) -> bool:
+    """Whether something that speaks DLPack lies in a GPU's memory."""
+    return hasattr(array, "__dlpack_device__") and int(array.__dlpack_device__()[0]) in (CUDA_DEVICE, CUDA_MANAGED)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A host copy of an array that lies on a GPU and speaks DLPack, made by one transfer.
+
+    Errors: EngineError, without cuda.core or for an array whose values do not lie one behind another.
+    """
+    core = library()
+    gpu = core.Device(int(array.__dlpack_device__()[1]))
+    gpu.set_current()
+    stream = gpu.create_stream()
+    from cuda.core.utils import StridedMemoryView
+
+    view = StridedMemoryView.from_dlpack(array, stream_ptr=int(stream.handle))
+    wanted = [math.prod(view.shape[axis + 1 :]) for axis in range(len(view.shape))]
+    if view.strides is not None and view.size and list(view.strides) != wanted:
+        raise EngineError(
+            f"an array of shape {tuple(view.shape)} on the GPU has strides {tuple(view.strides)}; expected its values one "
+            f"behind another. Pass a contiguous copy"
+        )
+    dtype = np.dtype(view.dtype)
+    if not view.size:
+        return np.empty(view.shape, dtype)
+    nbytes = view.size * dtype.itemsize
+    pinned = core.LegacyPinnedMemoryResource().allocate(nbytes)
+    core.Buffer.from_handle(view.ptr, nbytes, owner=view).copy_to(pinned, stream=stream)
+    stream.sync()
+    fetched: np.ndarray = np.from_dlpack(pinned).view(dtype).reshape(view.shape).copy()
+    return fetched
+
+
+class Gpu:
+    """One GPU: a stream for work, one for staging, and the memory that is asked for.
+
+    Errors: EngineError, when the device cannot be used.
+    """
+
+    def __init__(self, index: int) -> None:
+        reason = refusal(index)
+        if reason is not None:
+            raise EngineError(reason)
+        self._core = library()
+        self.index = index
+        self.device = self._core.Device(index)
+        self.device.set_current()
+        self.stream = self.device.create_stream()
+        self.copies = self.device.create_stream()
+        self._pinned = self._core.LegacyPinnedMemoryResource()
+
+    def use(self) -> None:
+        """Makes the device current in this thread, as every thread must."""
+        self.device.set_current()
+
+    def event(self) -> Any:
+        return self.device.create_event()
+
+    def allocate(self, nbytes: int) -> Any:
+        """A buffer of device memory, zeroed, aligned to 256 bytes; it is freed behind the work on `stream` that uses it."""
+        buffer = self.device.memory_resource.allocate(nbytes, stream=self.stream)
+        if int(buffer.handle) % ALIGNMENT:
+            raise EngineError(
+                f"device {self.index} gave memory at {int(buffer.handle):#x}, not aligned to {ALIGNMENT} bytes"
+            )
+        buffer.fill(0, stream=self.stream)
+        return buffer
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> tuple[Any, np.ndarray]:
+        """(buffer, view) of page-locked host memory: an array that the GPU copies from and to by itself."""
+        dtype = np.dtype(dtype)
+        buffer = self._pinned.allocate(math.prod(shape) * dtype.itemsize)
+        return buffer, np.from_dlpack(buffer).view(dtype).reshape(shape)
+
+    def part(self, buffer: Any, start: int, nbytes: int) -> Any:
+        """Some bytes of a buffer, which stays alive with them."""
+        return self._core.Buffer.from_handle(int(buffer.handle) + start, nbytes, owner=buffer)
+
+    def copy(self, source: Any, target: Any, nbytes: int | None = None, start: int = 0, to: int = 0) -> None:
+        """Enqueues a copy of bytes on `stream`: all of a buffer, or some from `start` on to the place `to`."""
+        if nbytes is None:
+            source.copy_to(target, stream=self.stream)
+        elif nbytes:
+            self.part(source, start, nbytes).copy_to(self.part(target, to, nbytes), stream=self.stream)
+
+    def array(self, buffer: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        """A buffer as an array that speaks DLPack, without a copy. Its work is waited for first."""
+        from cuda.core.utils import StridedMemoryView
+
+        self.stream.sync()
+        return StridedMemoryView.from_buffer(buffer, shape, dtype=np.dtype(dtype))
+
+    def close(self) -> None:
+        self.stream.sync()
+        self.copies.sync()
+        self.stream.close()
+        self.copies.close()
+
+
+def one_line(err: Exception) -> str:
+    """An error of a library's as one line of at most 500 characters."""
+    return " ".join(str(err).split())[:500] or type(err).__name__

@@ -1,0 +1,341 @@
+"""ONNX Runtime's CUDA provider: the recurrence wholly on the GPU, replayed from captured CUDA graphs.
+
+A graph of the bundle is a session; on each bucket (`rmt_trt.runtime.buckets`) a session has two bindings, from memory A
+to B and from B to A, captured once each. So a segment costs one small copy of tokens and one replay, and the host
+waits only where logits or states are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from rmt_trt.bundle import Bundle
+from rmt_trt.contract import LOGITS, PAD, SEGMENT, Answer, Head
+from rmt_trt.errors import ContractError, EngineError, require
+from rmt_trt.runtime import cuda
+from rmt_trt.runtime.buckets import Bucket, Replay, States, advance, enter, leave, new_bucket, new_states, state_bytes
+from rmt_trt.runtime.cuda import one_line
+from rmt_trt.runtime.loglik import reduced
+from rmt_trt.runtime.signature import LOGLIK, check_signature
+
+if TYPE_CHECKING:
+    from rmt_trt.runtime.source import Source
+
+NAME = "cuda"
+PROVIDER = "CUDAExecutionProvider"
+DTYPES = ("fp16", "bf16", "fp32")  # what dtype=None takes, first where a bundle has several
+ERRORS_ONLY = 3
+Key = tuple[str, Head]  # role, head
+# The heads whose graph has what a head asks for, the least work first.
+SERVED_BY: dict[Head, tuple[Head, ...]] = {
+    "none": ("none", "last", "all"),
+    "last": ("last", "all"),
+    "all": ("all",),
+    "loglik": ("loglik", "all"),
+}
+
+
+def refusal(source: Source, dtype: str | None, device: int) -> str | None:
+    """Why this engine cannot run the source, or None."""
+    if source.bundle is None:
+        return "it runs a bundle's graphs for CUDA; export one with rmt-export MODEL --engine cuda"
+    if _dtype(source.bundle, dtype) is None:
+        made = sorted({graph.dtype for graph in source.bundle.manifest.graphs if graph.engine == NAME})
+        have = f"it has them in {', '.join(made)}" if made else "it has none"
+        return (
+            f"the bundle has no graphs for CUDA{f' in {dtype}' if dtype else ''} ({have}). Add them: rmt-export "
+            f"{source.path} --engine cuda --dtype {dtype or 'fp16'}"
+        )
+    try:
+        ort = require("onnxruntime", "gpu", "an NVIDIA GPU")
+    except EngineError as err:
+        return str(err)
+    if PROVIDER not in ort.get_available_providers():
+        return (
+            f"the installed onnxruntime {ort.__version__} has no CUDA provider. Install the other build of it: "
+            f"pip uninstall onnxruntime; pip install 'rmt-trt[gpu]'"
+        )
+    return cuda.refusal(device)
+
+
+def open_engine(source: Source, dtype: str | None, device: int, threads: int | None) -> CudaEngine:
+    """Errors: EngineError, with the libraries' own words when CUDA, cuDNN and the driver do not fit together."""
+    reason = refusal(source, dtype, device)
+    if reason is not None or source.bundle is None:
+        raise EngineError(f"engine 'cuda' cannot run {source.path}: {reason}")
+    chosen = _dtype(source.bundle, dtype)
+    assert chosen is not None
+    return CudaEngine(source.bundle, chosen, device)
+
+
+def _dtype(bundle: Bundle, dtype: str | None) -> str | None:
+    made = {graph.dtype for graph in bundle.manifest.graphs if graph.engine == NAME}
+    return next((name for name in (DTYPES if dtype is None else (dtype,)) if name in made), None)
+
+
+@dataclass(eq=False)
+class GraphReplay:
+    """A session on a bucket: bindings and run options from A to B and back, each captured as a CUDA graph."""
+
+    session: Any
+    bindings: tuple[Any, Any]
+    options: tuple[Any, Any]
+    outputs: dict[str, tuple[Any, tuple[int, ...]]]
+
+    def run(self, side: int) -> None:
+        self.session.run_with_iobinding(self.bindings[side], self.options[side])
+
+
+class CudaEngine:
+    """A bundle's graphs for CUDA behind the engine contract."""
+
+    name = NAME
+
+    def __init__(self, bundle: Bundle, dtype: str, device: int) -> None:
+        self.dtype = dtype
+        self._bundle, self._spec = bundle, bundle.spec
+        self._gpu = cuda.Gpu(device)
+        self._graphs = {
+            (g.role, cast(Head, g.head)): g for g in bundle.manifest.graphs if g.engine == NAME and g.dtype == dtype
+        }
+        self._sessions: dict[Key, Any] = {}
+        self._buckets: dict[int, Bucket] = {}
+        self._captures = 0
+        # What a plain run of one document uses, so that the first one is not slower than the others.
+        for key in (self._key("full", "none"), self._key("step", "last")):
+            self._replay(self._bucket(1), key)
+
+    def load(self, states: tuple[np.ndarray, ...]) -> States:
+        self._gpu.use()
+        made = new_states(self._gpu, self._spec, len(states[0]))
+        for value, spec, buffer in zip(states, self._spec.states, made.buffers, strict=True):
+            value = np.ascontiguousarray(value, spec.dtype)
+            pinned, view = self._gpu.pinned(value.shape, value.dtype)
+            view[...] = value
+            pinned.copy_to(buffer, stream=self._gpu.stream)
+            self._gpu.stream.sync()  # the page-locked memory goes with this call
+        return made
+
+    def fetch(self, states: States) -> tuple[np.ndarray, ...]:
+        self._gpu.use()
+        shapes = [(states.batch, *state.shape) for state in self._spec.states]
+        dtypes = [state.dtype for state in self._spec.states]
+        return self._to_host(list(zip(states.buffers, shapes, dtypes, strict=True)))
+
+    def share(self, states: States) -> tuple[Any, ...]:
+        self._gpu.use()
+        return tuple(
+            self._gpu.array(buffer, (states.batch, *state.shape), state.dtype)
+            for buffer, state in zip(states.buffers, self._spec.states, strict=True)
+        )
+
+    def take(self, parts: Sequence[States], rows: np.ndarray) -> States:
+        self._gpu.use()
+        origin = [(part, row) for part in parts for row in range(part.batch)]
+        made = new_states(self._gpu, self._spec, len(rows))
+        for place, first, count in _runs([int(row) for row in rows], origin):
+            part, row = origin[first]
+            for source, target, size in zip(part.buffers, made.buffers, state_bytes(self._spec), strict=True):
+                self._gpu.copy(source, target, count * size, row * size, place * size)
+        return made
+
+    def step(self, states: States, segment: np.ndarray, head: Head, host: bool = True) -> tuple[States, Answer | None]:
+        self._gpu.use()
+        batch, length = segment.shape
+        full = length == self._spec.segment_length and bool((segment >= 0).all())
+        bucket = self._bucket(batch)
+        replay = self._replay(bucket, self._key("full" if full else "step", head))
+        padded = np.full((1, batch, self._spec.segment_length), PAD, np.int64)
+        padded[0, :, :length] = segment
+        new = self._through(bucket, replay, states, padded)
+        return new, self._answer(replay, segment, head, host)
+
+    def steps(self, states: States, segments: np.ndarray) -> States:
+        self._gpu.use()
+        bucket = self._bucket(segments.shape[1])
+        return self._through(bucket, self._replay(bucket, self._key("full", "none")), states, segments)
+
+    def replay(self, batch: int, steps: int) -> None:
+        """Replays the graphs of full segments alone, from A to B and back, and waits: what the driver is measured by."""
+        self._gpu.use()
+        replay = self._replay(self._bucket(batch), self._key("full", "none"))
+        for number in range(steps):
+            replay.run(number % 2)
+        self._gpu.stream.sync()
+
+    def close(self) -> None:
+        """Captured graphs go before the sessions, these before the memory that they were bound to."""
+        self._gpu.use()
+        self._gpu.stream.sync()
+        for bucket in self._buckets.values():
+            bucket.replays.clear()
+        self._sessions.clear()
+        self._buckets.clear()
+        self._gpu.close()
+
+    def _through(self, bucket: Bucket, replay: Replay, states: States, segments: np.ndarray) -> States:
+        enter(self._gpu, self._spec, bucket, states)
+        try:
+            advance(self._gpu, bucket, replay, segments)
+        except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
+            raise EngineError(f"ONNX Runtime failed in a step of {states.batch} documents: {one_line(err)}") from err
+        return leave(self._gpu, self._spec, bucket, states.batch, len(segments))
+
+    def _answer(self, replay: Replay, segment: np.ndarray, head: Head, host: bool) -> Answer | None:
+        if head == "none":
+            return None
+        batch, length = segment.shape
+        buffer, shape = replay.outputs[LOGITS]
+        whole = len(shape) == 3  # every row of a language model: a plain graph has no other head
+        if not host and (head == "all" or not whole):
+            rows = self._gpu.allocate(math.prod(shape) // shape[0] * batch * 4)
+            self._gpu.copy(buffer, rows, rows.size)
+            return Answer(self._gpu.array(rows, (batch, *shape[1:]), np.float32))
+        wanted = [(buffer, shape, "float32")]
+        if LOGLIK in replay.outputs:
+            wanted.append((*replay.outputs[LOGLIK], "float32"))
+        rows, *scores = (value[:batch] for value in self._to_host(wanted))
+        if whole:
+            return reduced(rows[:, :length], segment, head, self._spec.logits)
+        return Answer(rows, _shifted(scores[0], segment) if scores else None)
+
+    def _to_host(self, wanted: list[tuple[Any, tuple[int, ...], str]]) -> tuple[np.ndarray, ...]:
+        """Copies to page-locked memory, one wait for all."""
+        pinned = []
+        for buffer, shape, dtype in wanted:
+            target, view = self._gpu.pinned(shape, dtype)
+            buffer.copy_to(target, stream=self._gpu.stream)
+            pinned.append((target, view))
+        self._gpu.stream.sync()
+        return tuple(view.copy() for _, view in pinned)
+
+    def _key(self, role: str, head: Head) -> Key:
+        """The graph that does it with the least: a bundle with plain graphs has ("step", "all") only."""
+        for candidate in [(r, h) for r in (role, "step") for h in SERVED_BY[head]]:
+            if candidate in self._graphs:
+                return candidate
+        raise EngineError(
+            f"{self._bundle.path} has no graph for CUDA in {self.dtype} with head '{head}'; add them again: rmt-export "
+            f"{self._bundle.path} --engine cuda --dtype {self.dtype}"
+        )
+
+    def _bucket(self, batch: int) -> Bucket:
+        size = 1 << (batch - 1).bit_length()
+        if size not in self._buckets:
+            self._buckets[size] = new_bucket(self._gpu, self._spec, size)
+        return self._buckets[size]
+
+    def _replay(self, bucket: Bucket, key: Key) -> Replay:
+        if key not in bucket.replays:
+            session = self._session(key)
+            outputs = {}
+            for value in session.get_outputs():
+                if value.name not in {state.output for state in self._spec.states}:
+                    axes = (bucket.size, self._spec.segment_length)
+                    shape = tuple(n if isinstance(n, int) else axes[axis] for axis, n in enumerate(value.shape))
+                    outputs[value.name] = (self._gpu.allocate(4 * math.prod(shape)), shape)
+            bindings = (self._bind(session, bucket, 0, outputs), self._bind(session, bucket, 1, outputs))
+            bucket.replays[key] = GraphReplay(session, bindings, (self._options(), self._options()), outputs)
+            self._warm(bucket.replays[key])
+        return bucket.replays[key]
+
+    def _warm(self, replay: Replay) -> None:
+        """Runs and captures both directions. A and B are nobody's state: those are copied in before a run."""
+        try:
+            for side in (0, 1):
+                replay.run(side)
+            self._gpu.stream.sync()
+        except Exception as err:  # see _advance
+            raise EngineError(f"ONNX Runtime cannot capture the step on this GPU: {one_line(err)}") from err
+
+    def _bind(self, session: Any, bucket: Bucket, side: int, outputs: dict[str, tuple[Any, tuple[int, ...]]]) -> Any:
+        binding = session.io_binding()
+        index, size = self._gpu.index, bucket.size
+        states = zip(self._spec.states, bucket.sides[side], bucket.sides[1 - side], strict=True)
+        for state, source, target in states:
+            shape, dtype = (size, *state.shape), np.dtype(state.dtype)
+            binding.bind_input(state.input, "cuda", index, dtype, shape, int(source.handle))
+            binding.bind_output(state.output, "cuda", index, dtype, shape, int(target.handle))
+        tokens = (size, self._spec.segment_length)
+        binding.bind_input(SEGMENT, "cuda", index, np.int64, tokens, int(bucket.tokens.handle))
+        for name, (buffer, shape) in outputs.items():
+            binding.bind_output(name, "cuda", index, np.float32, shape, int(buffer.handle))
+        return binding
+
+    def _options(self) -> Any:
+        import onnxruntime
+
+        self._captures += 1  # the graphs of a session are told apart by number
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(self._captures))
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
+
+    def _session(self, key: Key) -> Any:
+        if key not in self._sessions:
+            path = self._bundle.graph_path(self._graphs[key])
+            self._sessions[key] = open_session(path, self._gpu)
+            check_signature(self._sessions[key], self._spec, path, key[1])
+        return self._sessions[key]
+
+
+def open_session(path: Path, gpu: cuda.Gpu) -> Any:
+    """A session whose nodes all run on the GPU, on our stream, captured as CUDA graphs.
+
+    Errors: EngineError, with ONNX Runtime's own words.
+    """
+    import onnxruntime as ort
+
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds CUDA and cuDNN of pip packages
+    options = ort.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    provider = {
+        "device_id": str(gpu.index),
+        "user_compute_stream": str(int(gpu.stream.handle)),
+        "enable_cuda_graph": "1",
+        "use_tf32": "0",  # fp32 means fp32
+    }
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[(PROVIDER, provider)])
+    except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} cannot run {path} on device {gpu.index}: {one_line(err)}. Do CUDA, cuDNN and "
+            f"the driver fit this build of onnxruntime-gpu? See https://onnxruntime.ai/docs/install"
+        ) from err
+    if PROVIDER not in session.get_providers():
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} did not start its CUDA provider on device {gpu.index}: CUDA or cuDNN was not "
+            f"found. Install what onnxruntime-gpu {ort.__version__} was built for: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
+    return session
+
+
+def _runs(rows: list[int], origin: list[tuple[Any, int]]) -> list[tuple[int, int, int]]:
+    """(place, first row, count) of rows that lie one behind another in one part, so that they are copied at once."""
+    runs: list[tuple[int, int, int]] = []
+    for place, row in enumerate(rows):
+        if not 0 <= row < len(origin):
+            raise ContractError(f"row {row} was asked for; the states have {len(origin)}")
+        if runs:
+            start, first, count = runs[-1]
+            if row == first + count and origin[row][0] is origin[first][0]:
+                runs[-1] = (start, first, count + 1)
+                continue
+        runs.append((place, row, 1))
+    return runs
+
+
+def _shifted(scores: np.ndarray, segment: np.ndarray) -> np.ndarray:
+    """The graph scores token t + 1 at place t; the contract has each score at its own token."""
+    out = np.full(segment.shape, np.nan)
+    out[:, 1:] = scores[:, : segment.shape[1] - 1]
+    out[segment < 0] = np.nan
+    return out
