@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError
 
 from rmt_trt.bundle import Bundle
 from rmt_trt.errors import ContractError, FormatError
@@ -111,7 +110,7 @@ def _weights(bundle: Bundle) -> dict[str, torch.Tensor]:
     path = bundle.graph_path(entry)
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, OSError, ValueError) as err:
+    except Exception as err:  # protobuf's errors, which derive from Exception alone
         raise FormatError(f"{path} is no readable ONNX graph ({err}). Copy the bundle again") from err
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     files = {name: bundle.file(name) for name in entry.data}
