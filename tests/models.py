@@ -80,9 +80,9 @@ class Made:
         return random_document(self.spec, length, seed)
 
 
-def model_config(name: str, **changes: Any) -> ModelConfig:
-    """The config of a model of the catalogue, with some fields changed."""
-    backbone = {"model_type": name, **BACKBONES[name]}
+def model_config(name: str, backbone: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+    """The config of a model of the catalogue, with some fields changed, and some of its backbone's."""
+    backbone = {"model_type": name, **BACKBONES[name], **(backbone or {})}
     special = SPECIAL.get(name)
     fields: dict[str, Any] = {"form": "decoder", "num_logits": VOCAB, "alignment": "left"}
     if special is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu import cuda_bundle, open_cuda, require_gpu
 from models import CLASSES, TOLERANCE, VOCAB, M, Made, S, check_parity, made, reference, steps_of
 from wrapped import Wrapped
 
@@ -29,10 +30,19 @@ ENGINES: dict[str, Callable[..., RMTRuntime]] = {
     "cpu": lambda this, **more: RMTRuntime(this.bundle, engine="cpu", threads=1, **more),
     "cpu-graph-alone": lambda this, **more: RMTRuntime(this.bundle / "step.onnx", engine="cpu", threads=1, **more),
     "torch": lambda this, **more: RMTRuntime(this.checkpoint, engine="torch", threads=1, **more),
+    "cuda": lambda this, **more: open_cuda(cuda_bundle(this.name), "fp32", **more),
 }
 MODELS = ("bert", "gpt2")
-EVERY = [f"{model}-{engine}" for model in MODELS for engine in ENGINES]
-DECODERS = [name for name in EVERY if name.startswith("gpt2")]
+
+
+def subjects(*models: str) -> list[Any]:
+    """MODEL-ENGINE for every engine; those that need a GPU are marked."""
+    marks = {"cuda": [pytest.mark.gpu]}
+    return [pytest.param(f"{model}-{name}", marks=marks.get(name, [])) for model in models for name in ENGINES]
+
+
+EVERY = subjects(*MODELS)
+DECODERS = subjects("gpt2")
 LENGTHS = (3 * S + 7, 1, S, S + 1, 2 * S)
 
 
@@ -41,6 +51,8 @@ class Subject:
 
     def __init__(self, name: str, **more: Any) -> None:
         model, engine = name.split("-", 1)
+        if engine == "cuda":
+            require_gpu()
         self.made: Made = made(model)
         self.model = model
         self.engine = engine
@@ -250,7 +262,7 @@ def test_logits_modes_are_parts_of_all(subject: Subject) -> None:
         subject.runtime.run(tokens, logits="some")
 
 
-@pytest.mark.parametrize("subject", [name for name in EVERY if name.startswith("bert")], indirect=True)
+@pytest.mark.parametrize("subject", subjects("bert"), indirect=True)
 def test_a_classifier_has_no_log_likelihood(subject: Subject) -> None:
     with pytest.raises(ContractError, match="logits='loglik' is for language models"):
         subject.runtime.run([1, 4, 5], logits="loglik")
