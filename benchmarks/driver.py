@@ -1,16 +1,17 @@
-"""What the driver costs: everything but the engine's own call, per segment, measured in one process.
+"""What the driver costs: everything but the engine's own calls, per segment, measured in one process.
 
-    python -m rmt_trt.benchmarks.driver BUNDLE [--segments 200] [--rounds 5]
+    python -m rmt_trt.benchmarks.driver BUNDLE [--batch 1,32] [--segments 500] [--rounds 5] [--null]
 
-A document is driven exactly as `RMTRuntime.run` drives it, through an engine that notes the time of each of its calls.
-The driver's own time is all the rest: reading tokens, cutting, laying out, marks, pieces. Both come from the same run.
+Documents are driven exactly as `RMTRuntime.run` drives them, through an engine whose calls are timed; the driver's own
+time is all the rest: reading and checking tokens, cutting, laying out, gathering, results. Both come from the same run.
+With --null the engine does nothing, so that the driver is seen alone, at any batch size and at once.
 """
 
 from __future__ import annotations
 
 import platform
-import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,65 +19,117 @@ import numpy as np
 import typer
 
 from rmt_trt.commands.app import new_app, run_command
-from rmt_trt.contract import Engine
+from rmt_trt.contract import Answer, Engine, Head, StepSpec
 from rmt_trt.runtime import RMTRuntime
 from rmt_trt.runtime.engines.cpu import open_engine
-from rmt_trt.runtime.recurrence import Recurrence
 from rmt_trt.runtime.source import open_source
-from rmt_trt.runtime.tracks import Reading, open_tracks
 
 app = new_app()
 
 
+class NullEngine:
+    """An engine that computes nothing: states stay what they were, logits are 0."""
+
+    name, dtype = "null", "fp32"
+
+    def __init__(self, spec: StepSpec) -> None:
+        self._spec = spec
+
+    def load(self, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        return states
+
+    def fetch(self, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        return tuple(value.copy() for value in states)
+
+    share = fetch
+
+    def take(self, parts: Sequence[tuple[np.ndarray, ...]], rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(np.concatenate(values)[rows] for values in zip(*parts, strict=True))
+
+    def step(
+        self, states: tuple[np.ndarray, ...], segment: np.ndarray, head: Head, host: bool = True
+    ) -> tuple[tuple[np.ndarray, ...], Answer | None]:
+        return states, None if head == "none" else Answer(np.zeros((len(segment), self._spec.num_logits), np.float32))
+
+    def steps(self, states: tuple[np.ndarray, ...], segments: np.ndarray) -> tuple[np.ndarray, ...]:
+        return states
+
+    def close(self) -> None:
+        pass
+
+
 class TimedEngine:
-    """An engine that adds up the seconds spent in its steps."""
+    """An engine that adds up the seconds spent in its calls."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self.name, self.dtype = engine, engine.name, engine.dtype
-        self.load, self.fetch, self.take, self.close = engine.load, engine.fetch, engine.take, engine.close
-        self.seconds: list[float] = []
+        self._engine, self.name, self.dtype, self.close = engine, engine.name, engine.dtype, engine.close
+        self.seconds = 0.0
 
-    def step(self, states: Any, segment: np.ndarray, logits: bool) -> tuple[Any, np.ndarray | None]:
+    def _timed(self, call: Any, *arguments: Any) -> Any:
         started = time.perf_counter()
-        result = self._engine.step(states, segment, logits)
-        self.seconds.append(time.perf_counter() - started)
+        result = call(*arguments)
+        self.seconds += time.perf_counter() - started
         return result
 
+    def load(self, states: tuple[np.ndarray, ...]) -> Any:
+        return self._timed(self._engine.load, states)
 
-def measure(runtime: RMTRuntime, engine: TimedEngine, segments: int) -> tuple[np.ndarray, np.ndarray]:
-    """(driver seconds, engine seconds) of each segment of a random document."""
+    def fetch(self, states: Any) -> Any:
+        return self._timed(self._engine.fetch, states)
+
+    def share(self, states: Any) -> Any:
+        return self._timed(self._engine.share, states)
+
+    def take(self, parts: Sequence[Any], rows: np.ndarray) -> Any:
+        return self._timed(self._engine.take, parts, rows)
+
+    def step(self, states: Any, segment: np.ndarray, head: Head, host: bool = True) -> Any:
+        return self._timed(self._engine.step, states, segment, head, host)
+
+    def steps(self, states: Any, segments: np.ndarray) -> Any:
+        return self._timed(self._engine.steps, states, segments)
+
+
+def measure(runtime: RMTRuntime, engine: TimedEngine, batch: int, segments: int) -> tuple[float, float]:
+    """Seconds per document and segment of a run over `batch` random documents: (the driver's own, the engine's)."""
     spec = runtime.spec
-    tokens = np.random.default_rng(0).integers(0, spec.vocab_size, segments * spec.segment_length)
-    tokens = tokens[~np.isin(tokens, spec.dropped_ids)]
-    reading = Reading.of(spec, "left", "last", None, "error")
-    tracks, _ = open_tracks(tokens, None, None, reading, spec, runtime.initial, runtime.encode)
-    engine.seconds.clear()
-    stamps = [time.perf_counter()]
-    for _ in Recurrence(lambda: engine, spec, tracks, threading.RLock(), "last"):
-        stamps.append(time.perf_counter())
-    inside = np.array(engine.seconds)
-    return np.diff(stamps)[: len(inside)] - inside, inside
+    allowed = np.setdiff1d(np.arange(spec.vocab_size), np.array(spec.dropped_ids, np.int64))
+    random = np.random.default_rng(0)
+    documents = [random.choice(allowed, segments * spec.segment_length) for _ in range(batch)]
+    engine.seconds = 0.0
+    started = time.perf_counter()
+    runtime.run(documents, alignment="left")
+    seconds = time.perf_counter() - started
+    return (seconds - engine.seconds) / (batch * segments), engine.seconds / (batch * segments)
 
 
 @app.command()
 def driver(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
-    segments: Annotated[int, typer.Option(help="Segments in a round.")] = 200,
-    rounds: Annotated[int, typer.Option(help="Rounds; the median over all their segments is reported.")] = 5,
+    batch: Annotated[str, typer.Option(help="Documents run together, with commas.")] = "1,32",
+    segments: Annotated[int, typer.Option(min=1, help="Full segments of each document.")] = 500,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, of which the median is reported.")] = 5,
+    null: Annotated[bool, typer.Option("--null", help="Drive an engine that does nothing.")] = False,
 ) -> None:
-    """Prints the driver's own time per segment and its share of the run."""
+    """Prints the driver's own time per document and segment, and its share of the run."""
     source = open_source(bundle)
     with RMTRuntime(bundle, engine="cpu") as runtime:
-        engine = TimedEngine(open_engine(source, "fp32", 0, None))
-        measure(runtime, engine, min(segments, 20))  # warm-up
-        parts = [measure(runtime, engine, segments) for _ in range(rounds)]
-    outside, inside = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-    low, high = np.percentile(outside, [10, 90])
-    print(
-        f"{bundle.name} on {platform.processor() or platform.machine()}: {len(outside)} segments; driver median "
-        f"{1e3 * np.median(outside):.3f} ms a segment (p10 {1e3 * low:.3f}, p90 {1e3 * high:.3f}), engine median "
-        f"{1e3 * np.median(inside):.3f} ms; driver's share of the run {outside.sum() / (outside.sum() + inside.sum()):.1%}"
-    )
+        inner: Engine = NullEngine(runtime.spec) if null else open_engine(source, "fp32", 0, None)
+        engine = TimedEngine(inner)
+        runtime._engine = engine  # the runtime's own path is what is measured, with this engine under it
+        print(
+            f"{bundle.name} (segments of {runtime.spec.segment_length}) on {platform.processor() or platform.machine()}, "
+            f"engine '{inner.name}'"
+        )
+        for size in map(int, batch.split(",")):
+            measure(runtime, engine, size, min(segments, 20))  # warm-up
+            parts = np.array([measure(runtime, engine, size, segments) for _ in range(rounds)])
+            outside, inside = 1e6 * np.median(parts, axis=0)
+            low, high = 1e6 * parts[:, 0].min(), 1e6 * parts[:, 0].max()
+            print(
+                f"batch {size}: driver {outside:.2f} us per document and segment ({low:.2f} to {high:.2f}), engine "
+                f"{inside:.2f} us; driver's share {outside / (outside + inside):.1%}"
+            )
 
 
 if __name__ == "__main__":

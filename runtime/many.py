@@ -127,6 +127,10 @@ def sources(documents: Any, length: Any, ordered: bool) -> tuple[Iterator[tuple[
             f"a 2-D array. For one document use run"
         )
     if not isinstance(documents, Sequence):
+        if length is not None and not isinstance(length, Iterable):
+            raise ContractError(
+                f"length is {type(length).__name__}; of an iterator of documents it is an iterator too, a length for each"
+            )
         return _endless(documents, length), None
     distinct(list(documents))
     lengths = one_each(length, len(documents), True, "length")
@@ -142,10 +146,6 @@ def longest_first(sizes: Sequence[int | None]) -> list[int]:
 
 
 def _endless(documents: Iterable[Any], length: Any) -> Iterator[tuple[int, Any, Any]]:
-    if length is not None and not isinstance(length, Iterable):
-        raise ContractError(
-            f"length is {type(length).__name__}; of an iterator of documents it is an iterator too, a length for each"
-        )
     lengths = None if length is None else iter(length)
     for index, document in enumerate(documents):
         stated = None if lengths is None else next(lengths, None)

@@ -96,6 +96,8 @@ def test_refused_by_run_and_stream(classifier: RMTRuntime, name: str, how: str) 
 def test_a_callback_that_cannot_be_called_is_refused(classifier: RMTRuntime) -> None:
     with pytest.raises(ContractError, match="on_piece is int; expected a function that takes a Piece"):
         classifier.run(DOCUMENT, on_piece=3)  # type: ignore[call-overload]
+    with pytest.raises(ContractError, match="on_progress is str; expected a function that takes a number of tokens"):
+        classifier.run(DOCUMENT, on_progress="bar")  # type: ignore[call-overload]
 
 
 def test_an_error_of_the_callers_callback_comes_out_as_it_is(classifier: RMTRuntime) -> None:
@@ -104,6 +106,49 @@ def test_an_error_of_the_callers_callback_comes_out_as_it_is(classifier: RMTRunt
 
     with pytest.raises(LookupError, match="mine"):
         classifier.run(DOCUMENT, on_piece=callback)
+    with pytest.raises(LookupError, match="mine"):
+        classifier.run(DOCUMENT, on_progress=callback)
+    with pytest.raises(LookupError, match="mine"):
+        list(classifier.run_many([DOCUMENT], on_progress=callback))
+
+
+@pytest.mark.parametrize("options", [{"logits": "all"}, {"on_piece": print}])
+def test_what_is_handed_over_by_segment_does_not_stay_on_the_device(
+    classifier: RMTRuntime, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ContractError, match="on_device=True goes with logits='last' or 'none' and without on_piece"):
+        classifier.run(DOCUMENT, on_device=True, **options)
+
+
+MANY: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "slots 0": ([DOCUMENT], {"slots": 0}, ContractError, "slots is 0; expected a whole number from 1 to 2"),
+    "slots above": ([DOCUMENT], {"slots": 3}, ContractError, "slots is 3; expected a whole number from 1 to 2"),
+    "slots text": ([DOCUMENT], {"slots": "2"}, ContractError, "slots is '2'; expected a whole number from 1 to 2"),
+    "logits all": ([DOCUMENT], {"logits": "all"}, ContractError, "run_many gives logits 'last' or 'none', not 'all'"),
+    "logits": ([DOCUMENT], {"logits": "first"}, ContractError, "logits is 'first'; expected one of last, all, loglik"),
+    "alignment": ([DOCUMENT], {"alignment": "top"}, ContractError, "alignment is 'top'; expected one of left, right"),
+    "overflow": ([DOCUMENT], {"overflow": "head"}, ContractError, "overflow='head' without max_segments says nothing"),
+    "callback": ([DOCUMENT], {"on_progress": 3}, ContractError, "on_progress is int; expected a function that takes"),
+    "lengths": ([DOCUMENT], {"length": [50, 50]}, ContractError, "length of a batch of 1 documents is 2; expected a list"),
+    "length of an iterator": (iter([DOCUMENT]), {"length": 50}, ContractError, "length is int; of an iterator of documents"),
+    "one document": (DOCUMENT, {}, TokenError, "run_many takes many documents and got an array of shape (50,)"),
+    "text": ("a text", {}, TokenError, "run_many takes many documents and got str; pass a list or an iterator"),
+    "number": (7, {}, TokenError, "run_many takes many documents and got int; pass a list or an iterator"),
+    "rank 3": (np.zeros((1, 2, 3), int), {}, TokenError, "run_many takes many documents and got an array of shape (1, 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_refused_by_run_many_before_anything_runs(classifier: RMTRuntime, name: str) -> None:
+    documents, options, kind, message = MANY[name]
+    with pytest.raises(kind, match=re.escape(message)):
+        classifier.run_many(documents, **options)
+
+
+def test_an_iterator_that_stands_for_two_of_many_documents_is_refused(classifier: RMTRuntime) -> None:
+    source = iter(DOCUMENT.tolist())
+    with pytest.raises(TokenError, match="documents 0 and 1 of the batch are one and the same iterator"):
+        classifier.run_many([source, source], alignment="left")
 
 
 @pytest.mark.parametrize("state", [lambda s: [s], lambda s: [s] * 3, lambda s: s, lambda s: "xy"])
@@ -212,7 +257,12 @@ def test_nothing_runs_after_close(kind: str) -> None:
     next(stream)
     runtime.close()
     runtime.close()
-    for use in (lambda: runtime.run(DOCUMENT), lambda: runtime.stream(DOCUMENT), lambda: next(stream)):
+    for use in (
+        lambda: runtime.run(DOCUMENT),
+        lambda: runtime.run_many([DOCUMENT]),
+        lambda: runtime.stream(DOCUMENT),
+        lambda: next(stream),
+    ):
         with pytest.raises(EngineError, match=r"the runtime of .* is closed; open a new RMTRuntime"):
             use()
 
