@@ -1,29 +1,56 @@
-"""rmt-export: a trained checkpoint becomes a bundle, verified against the PyTorch recurrence."""
+"""rmt-export: a trained checkpoint becomes a verified bundle; graphs made for an engine are added to it."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
+from rmt_trt.bundle import MANIFEST, Bundle
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
-from rmt_trt.commands.report import drift_table
+from rmt_trt.commands.reference import bundle_model
+from rmt_trt.commands.report import added_line, drift_table, record_lines
 from rmt_trt.contract import ALIGNMENTS
 from rmt_trt.errors import ContractError, FormatError, VerificationError, require
 from rmt_trt.files import check_target
 
+if TYPE_CHECKING:
+    from rmt_trt.export import EngineOptions, ExportOptions
+    from rmt_trt.model.checkpoint import LoadedModel, LoadOptions
+    from rmt_trt.model.step import RMTModel
+
 app = new_app()
 
-LABELS = {"load": "reading the checkpoint", "export": "exporting the segment step", "verify": "verifying"}
+LABELS = {
+    "load": "reading the checkpoint", "export": "exporting the segment step", "verify": "verifying",
+    "graphs": "writing graphs", "check": "checking them on the CPU",
+}  # fmt: skip
+ENGINES = ("cpu", "cuda")
+Show = Callable[[str, int, int], None]
 
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="model.pt, or a checkpoint as the published RMT trainers write it.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="model.pt, a checkpoint as the published RMT trainers write it, or a bundle to add to."),
+    ],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="The bundle to write. [default: MODEL's name.rmt]")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="cpu: step.onnx alone. cuda: also graphs made for ONNX Runtime's CUDA provider.")
+    ] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the engine's graphs: fp32, fp16, bf16, several with commas. [default: fp16]")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Fuse nothing in the engine's graphs.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--model", help="The checkpoint of a bundle that does not give its model itself.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Backbone config.json, or a folder that holds one.")] = None,
     input_size: Annotated[
@@ -39,7 +66,10 @@ def export(
     ] = None,
     labels: Annotated[str | None, typer.Option(help="Names of the classes in order: no,yes.")] = None,
     segments: Annotated[int, typer.Option(help="Segments that the verification goes through.")] = 16,
-    tolerance: Annotated[float | None, typer.Option(help="Largest relative L2 error. [default: 1e-4 for fp32]")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest relative L2 error, with --engine cuda that of its graphs. [default: of the dtype]"),
+    ] = None,
     accept_drift: Annotated[bool, typer.Option("--accept-drift", help="Keep a bundle that breaches it.")] = False,
     save_model: Annotated[
         Path | None, typer.Option(help="Also write the checkpoint as model.pt, flags included.")
@@ -50,46 +80,106 @@ def export(
 ) -> None:
     """Exports the segment step of MODEL to ONNX and proves it along the recurrence.
 
-    The bundle appears only when the exported graph gives the numbers of the PyTorch recurrence.
+    The bundle appears only when the exported graph gives the numbers of the PyTorch recurrence. With --engine cuda,
+    graphs made for that engine are added; to a bundle that exists too.
     """
-    target = out or default_bundle(model)
-    if target.exists() and not overwrite:  # said before minutes of work, and checked again when it is written
+    dtypes = _dtypes(engine, dtype)
+    existing = model.is_dir() and (model.suffix == ".rmt" or (model / MANIFEST).is_file())
+    target = model if existing else out or default_bundle(model)
+    if existing:
+        _refuse(
+            model,
+            {
+                "--out": out, "--config": config, "--input-size": input_size, "--segment-size": segment_size,
+                "--alignment": alignment, "--tokenizer": tokenizer, "--lora-alpha": lora_alpha, "--drop-ids": drop_ids,
+                "--max-segments": max_segments, "--labels": labels, "--save-model": save_model,
+                "--overwrite": overwrite or None,
+            },
+            dtypes,
+        )  # fmt: skip
+    else:
+        _check_new(model, target, overwrite, save_model, alignment, checkpoint)
+    for module in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
+        require(module, "export", "rmt-export")
+    from rmt_trt.export import EngineOptions, ExportOptions
+    from rmt_trt.model.checkpoint import LoadOptions
+
+    bound = None if dtypes else tolerance
+    options = ExportOptions(segments=segments, tolerance=bound, accept_drift=accept_drift, overwrite=overwrite)
+    graphs = EngineOptions(segments=segments, tolerance=tolerance, accept_drift=accept_drift, plain=plain)
+    screen = console()
+    if existing:
+        step = bundle_model(Bundle(model), checkpoint) if checkpoint or Bundle(model).manifest.model else None
+    else:
+        flags = LoadOptions(
+            config=config, input_size=input_size, segment_size=segment_size, alignment=alignment,
+            tokenizer=tokenizer, lora_alpha=lora_alpha, drop_ids=whole_numbers(drop_ids), max_segments=max_segments,
+            labels=None if labels is None else tuple(labels.split(",")),
+        )  # fmt: skip
+        step = _export(model, target, flags, options, save_model, screen).model
+    for kind in dtypes:
+        _add(target, engine, kind, step, graphs, screen)
+
+
+def _dtypes(engine: str, dtype: str | None) -> tuple[str, ...]:
+    """The dtypes of the graphs to add; none of the CPU engine, which runs step.onnx. Errors: ContractError."""
+    if engine not in ENGINES:
+        raise ContractError(f"--engine is {engine!r}; rmt-export makes graphs for {', '.join(ENGINES)}")
+    if engine == "cpu":
+        if dtype not in (None, "fp32"):
+            raise ContractError(f"--dtype {dtype} goes with --engine cuda; the CPU engine runs step.onnx in fp32")
+        return ()
+    allowed = ("fp32", "fp16", "bf16")
+    kinds = tuple(dict.fromkeys(("fp16" if dtype is None else dtype).split(",")))
+    wrong = [kind for kind in kinds if kind not in allowed]
+    if wrong:
+        raise ContractError(f"--dtype is {dtype!r}; expected one of {', '.join(allowed)}, or several with commas")
+    return kinds
+
+
+def _refuse(bundle: Path, flags: Mapping[str, Any], dtypes: tuple[str, ...]) -> None:
+    """Errors: ContractError, for flags that are nothing to a bundle that exists, and when there is nothing to add."""
+    given = [name for name, value in flags.items() if value is not None]
+    if given or not dtypes:
+        what = f"{', '.join(given)} {'go' if len(given) > 1 else 'goes'} with a checkpoint, and " if given else ""
+        raise ContractError(
+            f"{what}{bundle} is a bundle already. Add graphs to it with: rmt-export {bundle} --engine cuda --dtype fp16"
+        )
+
+
+def _check_new(
+    model: Path, target: Path, overwrite: bool, save_model: Path | None, alignment: str | None, checkpoint: Path | None
+) -> None:
+    """Says before minutes of work what would stop it; most is checked again when it is written."""
+    if checkpoint is not None:
+        raise ContractError(f"--model goes with a bundle that exists; here {model} is the checkpoint. Leave it out")
+    if target.exists() and not overwrite:
         raise FormatError(f"{target} exists already. Choose another name (-o), or replace it with --overwrite")
     if save_model is not None:
         check_target(save_model)
     if alignment is not None and alignment not in ALIGNMENTS:
         raise ContractError(f"--alignment is {alignment!r}; expected one of {', '.join(ALIGNMENTS)}")
-    for module in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
-        require(module, "export", "rmt-export")
-    from rmt_trt.export import ExportOptions, export_model
-    from rmt_trt.model.checkpoint import LoadOptions, load_model
+
+
+def _export(
+    model: Path, target: Path, flags: LoadOptions, options: ExportOptions, save_model: Path | None, screen: Console
+) -> LoadedModel:
+    """Checkpoint -> bundle, with its progress and its verdict on the screen."""
+    from rmt_trt.export import export_model
+    from rmt_trt.model.checkpoint import load_model
     from rmt_trt.model.checkpoint import save_model as write_model
 
-    screen = console()
     started = time.perf_counter()
-    flags = LoadOptions(
-        config=config, input_size=input_size, segment_size=segment_size, alignment=alignment,
-        tokenizer=tokenizer, lora_alpha=lora_alpha, drop_ids=whole_numbers(drop_ids), max_segments=max_segments,
-        labels=None if labels is None else tuple(labels.split(",")),
-    )  # fmt: skip
-    options = ExportOptions(segments=segments, tolerance=tolerance, accept_drift=accept_drift, overwrite=overwrite)
-    with stage_progress(screen) as bars:
-        tasks: dict[str, Any] = {"load": bars.add_task(LABELS["load"], total=1)}
 
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(LABELS[stage], total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
+    def work(show: Show) -> tuple[LoadedModel, Any]:
+        show("load", 0, 1)
         loaded = load_model(model, flags)
         show("load", 1, 1)
-        try:
-            report = export_model(loaded, target, options, source=model, progress=show)
-        except VerificationError as err:
-            screen.print(drift_table(err.report))
-            raise
-        if save_model is not None:
-            write_model(save_model, loaded.model, loaded.tokenizer)
+        return loaded, export_model(loaded, target, options, source=model, progress=show)
+
+    loaded, report = _with_progress(screen, work)
+    if save_model is not None:
+        write_model(save_model, loaded.model, loaded.tokenizer)
     screen.print(drift_table(report.to_json()))
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     verdict = "verified" if report.passed else "KEPT ALTHOUGH IT DRIFTS"
@@ -97,6 +187,40 @@ def export(
         f"{target}: {verdict}, {size / 1e6:.1f} MB, in {time.perf_counter() - started:.1f} s. "
         f"Try: rmt-run {target} {'book.txt' if loaded.tokenizer else 'tokens.npy'}"
     )
+    return loaded
+
+
+def _add(target: Path, engine: str, dtype: str, step: RMTModel | None, options: EngineOptions, screen: Console) -> None:
+    """Adds the graphs of one dtype, and says what they are and how far they were proved."""
+    from rmt_trt.export import add_engine_graphs
+
+    started = time.perf_counter()
+    made = _with_progress(screen, lambda show: add_engine_graphs(target, engine, dtype, step, options, show))
+    if made.report is not None:
+        screen.print(drift_table(made.report.to_json()))
+    for line in record_lines(engine, dtype, made.to_json()):
+        screen.print(line)
+    screen.print(f"{target}: {added_line(Bundle(target), made.entries)} added in {time.perf_counter() - started:.1f} s")
+    if made.report is None:
+        screen.print(f"  where the engine runs: rmt-verify {target} --engine {engine} --dtype {dtype} --record")
+
+
+def _with_progress(screen: Console, work: Callable[[Show], Any]) -> Any:
+    """Runs `work` with a bar per stage; a verification that fails is shown before its error goes on."""
+    with stage_progress(screen) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(LABELS[stage], total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        try:
+            return work(show)
+        except VerificationError as err:
+            if "rows" in err.report:
+                screen.print(drift_table(err.report))
+            raise
 
 
 def default_bundle(model: Path) -> Path:

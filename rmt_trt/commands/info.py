@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rmt_trt.bundle import REPORT, Bundle
 from rmt_trt.commands.app import Debug, Version, new_app, run_command
-from rmt_trt.commands.report import drift_table
+from rmt_trt.commands.report import drift_table, graphs_table, printable
 from rmt_trt.errors import FormatError
 from rmt_trt.runtime.engines import PREFERENCE, refusal
 from rmt_trt.runtime.source import Source, open_source
@@ -38,6 +38,7 @@ def info(
     screen.print(_spec_table(source))
     if source.bundle is not None:
         screen.print(_files_table(source.bundle))
+        screen.print(graphs_table(source.bundle))
         if REPORT in source.bundle.manifest.files:
             screen.print(_drift_table(source.bundle))
     screen.print(_engine_table(refusals))
@@ -79,28 +80,19 @@ def _spec_table(source: Source) -> Table:
         "fingerprint": spec.fingerprint[:16],
     }
     for name, text in rows.items():
-        table.add_row(name, _printable(text))
+        table.add_row(name, printable(text))
     return table
 
 
 def _files_table(bundle: Bundle) -> Table:
     manifest = bundle.manifest
-    graphs = {
-        g.file: f"graph: {g.role}, {g.engine}, {g.dtype}, head {g.head}, opset {g.opset}" for g in manifest.graphs
-    }
-    made_by = ", ".join(_printable(f"{name} {version}") for name, version in manifest.made_by.items())
+    made_by = ", ".join(printable(f"{name} {version}") for name, version in manifest.made_by.items())
     table = Table(title="files", title_justify="left", caption=f"made by {made_by}", caption_justify="left")
     table.add_column("file")
     table.add_column("MB", justify="right")
-    table.add_column("what")
     for name, entry in sorted(manifest.files.items()):
-        table.add_row(name, f"{entry.size / 1e6:.2f}", graphs.get(name, ""))
+        table.add_row(name, f"{entry.size / 1e6:.2f}")
     return table
-
-
-def _printable(text: str) -> str:
-    """Names of a stranger's file must not steer the terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _engine_table(refusals: dict[str, str | None]) -> Table:

@@ -1,4 +1,4 @@
-"""How a verification report is shown."""
+"""How a verification report, and what a bundle holds for engines, are shown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
+
+from rmt_trt.bundle import Bundle, GraphEntry, Manifest
 
 
 def drift_table(report: Mapping[str, Any]) -> Table:
@@ -30,6 +32,80 @@ def drift_table(report: Mapping[str, Any]) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def printable(text: object) -> str:
+    """Names and values of a stranger's file must not steer the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def graphs_table(bundle: Bundle) -> Table:
+    """The graphs of a bundle by engine, dtype, role and head, and what is recorded of each engine and dtype."""
+    manifest = bundle.manifest
+    table = Table(title="graphs", title_justify="left", caption=_records(manifest) or None, caption_justify="left")
+    for name in ("engine", "dtype", "role", "head", "opset"):
+        table.add_column(name)
+    table.add_column("MB", justify="right")
+    table.add_column("and weights in")
+    for graph in sorted(manifest.graphs, key=lambda g: (g.engine, g.dtype, g.role, g.head)):
+        table.add_row(
+            graph.engine, graph.dtype, graph.role, graph.head, str(graph.opset),
+            f"{manifest.files[graph.file].size / 1e6:.2f}", ", ".join(map(printable, graph.data)),
+        )  # fmt: skip
+    return table
+
+
+def _records(manifest: Manifest) -> str:
+    """A line or two for each engine and dtype of which the manifest's `verification` records something."""
+    uses = sorted({(graph.engine, graph.dtype) for graph in manifest.graphs})
+    return "\n".join(line for use in uses for line in record_lines(*use, engine_record(manifest, *use)))
+
+
+def engine_record(manifest: Manifest, engine: str, dtype: str) -> dict[str, Any]:
+    """`verification.engines.ENGINE.DTYPE` of a manifest; {} where it is not there, or is not what it should be."""
+    value: Any = manifest.verification
+    for key in ("engines", engine, dtype):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def record_lines(engine: str, dtype: str, record: Mapping[str, Any]) -> list[str]:
+    """What is fused, how it was checked and how it was verified, as lines. Values of another kind than ours are shown
+    as they are: the record may come from a stranger's file."""
+    if not record:
+        return []
+    fused, plain = record.get("fused"), record.get("plain")
+    lines = [f"{engine} {dtype}: exported plainly: {_value(plain)}"]
+    if plain is None and isinstance(fused, dict):
+        counts = sorted(fused.items(), key=lambda item: str(item[0]))
+        lines = [f"{engine} {dtype}: fused: " + ", ".join(f"{_value(count)} {_value(name)}" for name, count in counts)]
+    check, verdict = record.get("check"), record.get("verification")
+    if isinstance(check, dict):
+        lines.append(
+            f"  checked on the CPU provider in {_value(check.get('dtype'))}: largest error {_value(check.get('worst'))} "
+            f"over {_value(check.get('segments'))} segments"
+        )
+    if isinstance(verdict, dict):
+        passed = "verified" if verdict.get("passed") is True else "DRIFTS"
+        lines.append(
+            f"  {passed} along {_value(verdict.get('segments'))} segments: worst {_value(verdict.get('worst'))}, "
+            f"tolerance {_value(verdict.get('tolerance'))}"
+        )
+    else:
+        lines.append(f"  not verified on its engine: {_value(record.get('unverified'))}")
+    return lines
+
+
+def added_line(bundle: Bundle, entries: tuple[GraphEntry, ...]) -> str:
+    """How many graphs were added, and their size with their weights."""
+    files = {name for entry in entries for name in (entry.file, *entry.data)}
+    size = sum(bundle.manifest.files[name].size for name in files)
+    return f"{len(entries)} graph{'' if len(entries) == 1 else 's'}, {size / 1e6:.1f} MB with their weights"
+
+
+def _value(value: object) -> str:
+    """A value of a record, short."""
+    return f"{value:.1e}" if isinstance(value, float) else printable(value)[:300]
 
 
 def _figure(error: float | None) -> str:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rmt_trt.bundle import Bundle
+from rmt_trt.bundle import Bundle, add_files
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
+from rmt_trt.commands.reference import bundle_model
 from rmt_trt.commands.report import drift_table
-from rmt_trt.errors import ContractError, FormatError, require
+from rmt_trt.errors import FormatError, require
 from rmt_trt.files import check_target, write_file
 
 if TYPE_CHECKING:
-    from rmt_trt.model.checkpoint import LoadedModel
+    from rmt_trt.export.verify import Report
 
 app = new_app()
 
@@ -29,10 +30,14 @@ def verify(
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8, fp8.")] = None,
     device: Annotated[int, typer.Option(help="GPU index.")] = 0,
     model: Annotated[
-        Path | None, typer.Option(help="The checkpoint to compare with. [default: the one beside the bundle]")
+        Path | None,
+        typer.Option(
+            help="The checkpoint to compare with. [default: the one beside the bundle, or the bundle's own model]"
+        ),
     ] = None,
     tolerance: Annotated[float | None, typer.Option(help="Largest relative L2 error. [default: of the dtype]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random documents.")] = 0,
+    record: Annotated[bool, typer.Option("--record", help="Write the verdict into the bundle's manifest.")] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the whole report as JSON.")] = None,
     debug: Debug = False,
     version: Version = False,
@@ -48,16 +53,15 @@ def verify(
     if out is not None:
         check_target(out)
     opened = Bundle(bundle)
-    checkpoint = model or _checkpoint_beside(opened)
     screen = console()
     with ExitStack() as stack:
         runtime = stack.enter_context(RMTRuntime(bundle, engine=engine, dtype=dtype, device=device))
-        if checkpoint is not None:
-            reference, name = model_reference(_same_model(checkpoint, opened).model), "PyTorch recurrence"
+        if opened.manifest.model is not None or model is not None:
+            reference, name = model_reference(bundle_model(opened, model)), "PyTorch recurrence"
         elif runtime.engine == "cpu" and runtime.dtype == "fp32":
             raise FormatError(
-                f"{bundle} was exported from {opened.manifest.source.get('file', 'a model')!r}, which is not beside it. Give "
-                f"the checkpoint with --model (of a published one, a model.pt written by rmt-export --save-model)"
+                f"{bundle} holds a step of the user's own, whose PyTorch module no file describes: its fp32 graph is what "
+                f"others are compared with. It was verified when it was exported"
             )
         else:
             exact = stack.enter_context(RMTRuntime(bundle, engine="cpu", dtype="fp32"))
@@ -71,38 +75,24 @@ def verify(
     screen.print(drift_table(report.to_json()))
     if out is not None:
         write_file(out, (json.dumps(report.to_json(), indent=2) + "\n").encode())
+    if record and (runtime.engine, runtime.dtype) != ("cpu", "fp32"):
+        _record(bundle, runtime.engine, runtime.dtype, report)
     report.require()
 
 
-def _same_model(checkpoint: Path, bundle: Bundle) -> LoadedModel:
-    """The checkpoint, read as the bundle was: what the export was told otherwise holds for the reference too."""
-    from rmt_trt.model.checkpoint import LoadOptions, load_model
+def _record(path: Path, engine: str, dtype: str, report: Report) -> None:
+    """Puts the verdict into the manifest, beside what the export recorded of these graphs."""
+    from rmt_trt.export.engine_graphs import recorded, summary
 
-    spec = bundle.spec
-    try:
-        loaded = load_model(checkpoint, LoadOptions(alignment=spec.alignment, drop_ids=spec.dropped_ids))
-    except (ContractError, FormatError) as err:
-        if checkpoint.suffix == ".pt":
-            raise
-        raise FormatError(
-            f"{err}. rmt-verify reads a model.pt: write one with rmt-export {checkpoint} --save-model model.pt and the flags "
-            f"of the export"
-        ) from err
-    if loaded.spec.fingerprint != spec.fingerprint:
-        raise FormatError(
-            f"{checkpoint} holds other weights than {bundle.path} was exported from. Give the right checkpoint (--model), or "
-            f"export again"
-        )
-    return loaded
+    def changed(old: dict[str, Any]) -> dict[str, Any]:
+        engines = old.get("engines")
+        before = engines.get(engine) if isinstance(engines, dict) else None
+        record = before.get(dtype) if isinstance(before, dict) else None
+        record = record if isinstance(record, dict) else {}
+        verdict = summary(report) | {"accepted_drift": False}  # nobody was asked to keep it
+        return recorded(old, engine, dtype, {**record, "verification": verdict, "unverified": None})
 
-
-def _checkpoint_beside(bundle: Bundle) -> Path | None:
-    """The checkpoint that the manifest names, if it still lies beside the bundle."""
-    name = bundle.manifest.source.get("file")
-    if not isinstance(name, str) or not name or Path(name).name != name:
-        return None
-    path = bundle.path.resolve().parent / name
-    return path if path.exists() and path.suffix == ".pt" else None
+    add_files(path, {}, verification=changed)
 
 
 def main() -> None:
