@@ -15,7 +15,7 @@ import numpy as np
 from rmt_trt.bundle import GraphEntry
 from rmt_trt.contract import PAD, SEGMENT, StepSpec
 from rmt_trt.errors import EngineError, VerificationError
-from rmt_trt.export.verify import Reference, random_document, relative_error
+from rmt_trt.export.verify import Reference, random_document, relative_error, token_scores
 from rmt_trt.runtime.engines.cpu import open_session
 from rmt_trt.runtime.segments import cut
 
@@ -157,8 +157,6 @@ def _answer_errors(head: str, spec: StepSpec, found: Sequence[np.ndarray], segme
         return [relative_error(found[0][:count], wanted)]
     errors = [relative_error(found[0], wanted[-1])]
     if head == "loglik" and count > 1:
-        rows = wanted[:-1].astype(np.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        scores = rows[np.arange(count - 1), segment.tokens[1:]] - np.log(np.exp(rows).sum(axis=1))
+        scores = token_scores(None, wanted, segment.tokens)[1:]
         errors.append(relative_error(found[1][: count - 1], scores))
     return errors

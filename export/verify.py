@@ -41,7 +41,8 @@ class Drift:
 
 @dataclass(frozen=True)
 class Report:
-    """What a verification found. `rows` has a Drift for every segment; `batch_*` the worst of a batch of unequal lengths.
+    """What a verification found. `rows` has a Drift for every segment; `batch_*` is the worst of a batch of unequal lengths
+    and of runs without a stop, which take other graphs of an engine than a stream of pieces does.
 
     memory_effect: by how much the logits of the last segment change when its memory is reset. Where it is tiny, the
     logits say nothing about the memory.
@@ -112,12 +113,18 @@ def verify(
 
     rows: list[Drift] = []
     last: Piece | None = None
+    end: tuple[tuple[np.ndarray, ...], np.ndarray] | None = None
+    scores: list[np.ndarray] = []
     pairs = zip(runtime.stream(document, memory=True), reference(document), strict=True)
     for number, (piece, (states, logits)) in enumerate(pairs, 1):
         rows.append(Drift(number, piece.stop, *_errors(piece.states, piece.logits, states, logits)))
-        last = piece  # one at a time: a language model's logits of many segments would fill the memory
+        if spec.logits == "lm":
+            scores.append(token_scores(None if end is None else end[1][-1], logits, document[piece.start : piece.stop]))
+        last, end = piece, (states, logits)  # one at a time: a model's logits of many segments would fill the memory
         progress(number, total)
-    worst = _compare_batch(runtime, reference, batch)
+    assert end is not None
+    found = [_compare_batch(runtime, reference, batch), _compare_runs(runtime, document, *end, scores)]
+    worst = [float(np.max(errors)) for errors in zip(*found, strict=True)]
     progress(total, total)
     return Report(
         engine=runtime.engine,
@@ -205,6 +212,34 @@ def _compare_batch(runtime: RMTRuntime, reference: Reference, batch: list[np.nda
     ]
     memory, logits = np.max(errors, axis=0)
     return float(memory), float(logits)
+
+
+def _compare_runs(
+    runtime: RMTRuntime,
+    document: np.ndarray,
+    states: Sequence[np.ndarray],
+    logits: np.ndarray,
+    scores: Sequence[np.ndarray],
+) -> tuple[float, float]:
+    """The errors of a run that stops at the end alone: heads "none" and "last", of a language model "loglik" too."""
+    run = runtime.run(document, logits="last")
+    errors = [_errors(tuple(run.states.values()), run.logits, states, logits[-1] if logits.ndim == 2 else logits)]
+    if scores:
+        scored = runtime.run(document, logits="loglik")
+        memory, _ = _errors(tuple(scored.states.values()), None, states, logits)
+        assert scored.loglik is not None
+        errors.append((memory, relative_error(scored.loglik[1:], np.concatenate(scores)[1:])))
+    memory, rows = np.max(errors, axis=0)
+    return float(memory), float(rows)
+
+
+def token_scores(before: np.ndarray | None, logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """(n,) float64: log-likelihood of each token of a segment, in nats. logits: (n, v), a row behind each token.
+    before: (v,), the row behind the segment before, or None, which leaves the first token nan."""
+    first = np.full((1, logits.shape[1]), np.nan) if before is None else before[None]
+    rows = np.concatenate([first, logits[:-1]]).astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    return np.asarray(rows[np.arange(len(tokens)), tokens] - np.log(np.exp(rows).sum(axis=1)))
 
 
 def _errors(
