@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -9,21 +10,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rmt_trt.benchmarks.compare import Segments, ort_peers, torch_peers
+from rmt_trt.benchmarks.compare import Candidate, Segments, candidates, compare, require_right
 from rmt_trt.benchmarks.endurance import drift, growth
 from rmt_trt.benchmarks.limits import limits, step_flops
 from rmt_trt.benchmarks.machine import Meters, describe
 from rmt_trt.benchmarks.many import ManyOptions, many
-from rmt_trt.benchmarks.ours import OURS, energy, latencies, length_times, load, step_times
-from rmt_trt.benchmarks.plan import Plan
+from rmt_trt.benchmarks.ours import OURS, energy, latencies, length_times, load, memory_after, run_call, step_times
+from rmt_trt.benchmarks.plan import CHECKED_SEGMENTS, Plan, documents
 from rmt_trt.benchmarks.plots import draw
 from rmt_trt.benchmarks.presets import Prepared
+from rmt_trt.benchmarks.ratios import best_peer
 from rmt_trt.benchmarks.report import markdown
 from rmt_trt.benchmarks.rows import Results
 from rmt_trt.errors import EngineError
 from rmt_trt.runtime import RMTRuntime
 
 Say = Callable[[str], None]
+KERNEL_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,17 @@ def run_benchmark(prepared: Prepared, plan: Plan, extra: Extra, out: Path, work:
     try:
         with load(prepared.bundle, plan, meters, results, most) as runtime:
             results.head |= _head(prepared, plan, runtime)
+            peers = []
             if extra.compare:
-                _compare(prepared, plan, runtime, meters, results, work, say)
+                peers = _compare(prepared, plan, runtime, meters, results, work, say)
             if extra.many is not None:
-                many(runtime, extra.many, results, say)
+                with results.attempt("many", OURS):
+                    many(runtime, extra.many, results, say)
             if extra.growth is not None:
-                growth(runtime, meters, results, say, extra.growth)
+                with results.attempt("growth", OURS):
+                    growth(runtime, meters, results, say, extra.growth)
             if extra.kernels and plan.gpu:
-                _kernels(prepared, plan, runtime, results, say)
+                _kernels(plan, runtime, peers, results, say)
         if extra.drift is not None:
             drift(prepared.bundle, plan, extra.drift_dtypes, extra.drift, results, say, extra.drift_reference)
     finally:  # an interrupted run has its report too
@@ -100,41 +106,51 @@ def _head(prepared: Prepared, plan: Plan, runtime: RMTRuntime) -> dict[str, Any]
 
 def _compare(
     prepared: Prepared, plan: Plan, runtime: RMTRuntime, meters: Meters, results: Results, work: Path, say: Say
-) -> None:
+) -> list[Candidate]:
+    """Ours, the peers, and the machine's limits. Returns the peers, for what is measured of them later."""
     say("limits of the machine")
     limits(plan, results)
     meters.release()
     segments = Segments(prepared, runtime.spec, plan)
     meters.release()
-    for batch in plan.batches:
+    for batch, rows in segments.by_batch.items():
         say(f"{OURS}, batch {batch}")
         with results.attempt("step", OURS, batch):
-            step_times(runtime, plan, batch, segments.by_batch[batch], segments.error, meters, results)
+            error = segments.error(memory_after(runtime, rows[:CHECKED_SEGMENTS]), batch)
+            require_right(error, plan)
+            step_times(runtime, plan, rows, error, meters, results)
     say(f"{OURS}, by length")
     length_times(runtime, plan, meters, results)
     latencies(runtime, plan, results)
-    for batch in sorted({min(plan.batches), max(plan.batches)}):
+    for batch in smallest_and_largest(plan):
         with results.attempt("energy", OURS, batch):
             energy(runtime, plan, batch, meters, results)
-    torch_peers(prepared, plan, segments, meters, results, say)
-    if "ort" in plan.peers:
-        ort_peers(prepared, plan, segments, meters, work, results, say)
+    peers = candidates(prepared, plan, segments, work)
+    compare(runtime, peers, plan, segments, meters, results, say)
     if "full" in plan.peers:
         from rmt_trt.benchmarks.full_attention import full_attention
 
         full_attention(prepared, runtime.spec, plan, meters, results, say)
+    return peers
 
 
-def _kernels(prepared: Prepared, plan: Plan, runtime: RMTRuntime, results: Results, say: Say) -> None:
+def _kernels(plan: Plan, runtime: RMTRuntime, peers: list[Candidate], results: Results, say: Say) -> None:
+    """Ours and the best peer, at the smallest and the largest batch."""
     from rmt_trt.benchmarks.kernels import kernels
-    from rmt_trt.benchmarks.plan import documents
 
-    size = runtime.spec.segment_length
-    for batch in sorted({min(plan.batches), max(plan.batches)}):
+    for batch in smallest_and_largest(plan):
+        tokens = documents(runtime.spec, batch, KERNEL_STEPS * runtime.spec.segment_length)
         say(f"kernels, batch {batch}")
-
-        def run(steps: int, batch: int = batch) -> object:
-            return runtime.run(list(documents(runtime.spec, batch, steps * size)), alignment="left")
-
         with results.attempt("kernels", OURS, batch):
-            kernels(OURS, run, batch, 16, results)
+            kernels(OURS, run_call(runtime, list(tokens)), batch, KERNEL_STEPS, results)
+        best = best_peer(results.rows, batch)
+        for peer in peers:
+            if best is not None and peer.name == best.name:
+                with results.attempt("kernels", peer.name, batch):
+                    loop = peer.open(batch)
+                    kernels(peer.name, functools.partial(loop, KERNEL_STEPS), batch, KERNEL_STEPS, results)
+
+
+def smallest_and_largest(plan: Plan) -> list[int]:
+    """The batch sizes at which what takes long is measured."""
+    return sorted({min(plan.batches), max(plan.batches)})

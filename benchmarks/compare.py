@@ -1,23 +1,26 @@
-"""Ours and its peers, one after another in one process, over the same full segments from the same memory."""
+"""Ours and its peers in one process, taking turns, over the same full segments from the same memory."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rmt_trt.benchmarks.machine import Meters
+from rmt_trt.benchmarks.ours import OURS, texts
 from rmt_trt.benchmarks.plan import CHECKED_SEGMENTS, Plan, documents
 from rmt_trt.benchmarks.presets import Prepared
 from rmt_trt.benchmarks.rows import Results, Row
-from rmt_trt.benchmarks.timing import measure
+from rmt_trt.benchmarks.timing import measure_in_turn
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import VerificationError
+from rmt_trt.runtime import RMTRuntime
 
-ORT_OPSETS = (20, 23)  # the second has a standard Attention node
+Loop = Callable[[int], Any]  # steps through the first n segments, waits, and gives the memory: see `peers`
 Say = Callable[[str], None]
 
 
@@ -29,13 +32,11 @@ class Segments:
 
         self.by_batch: dict[int, np.ndarray] = {}
         self.exact: dict[int, np.ndarray] = {}
-        device = f"cuda:{plan.device}" if plan.gpu else "cpu"
         for batch in plan.batches:
             steps = plan.steps_at(batch)
-            ids = documents(spec, batch, steps * spec.segment_length, seed=batch)
-            rows = ids.reshape(batch, steps, spec.segment_length)
+            rows = documents(spec, batch, steps * spec.segment_length, seed=batch).reshape(batch, steps, -1)
             self.by_batch[batch] = np.ascontiguousarray(rows.transpose(1, 0, 2))
-            self.exact[batch] = exact_memory(prepared.model, self.by_batch[batch][:CHECKED_SEGMENTS], device)
+            self.exact[batch] = exact_memory(prepared.model, self.by_batch[batch][:CHECKED_SEGMENTS], plan.place)
 
     def error(self, memory: np.ndarray, batch: int) -> float:
         """Relative L2 error of a memory (b, M, d) after the first segments."""
@@ -44,88 +45,129 @@ class Segments:
         return relative_error(memory, self.exact[batch])
 
 
-def torch_peers(prepared: Prepared, plan: Plan, segments: Segments, meters: Meters, results: Results, say: Say) -> None:
-    """The PyTorch peers that the plan names, at every batch size."""
-    import torch
+@dataclass(frozen=True)
+class Candidate:
+    """A peer that can be opened for a batch size; `smallest_only`: what it does differently pays in small batches."""
 
+    name: str
+    open: Callable[[int], Loop]
+    smallest_only: bool = False
+
+
+def candidates(prepared: Prepared, plan: Plan, segments: Segments, work: Path) -> list[Candidate]:
+    """The peers that the plan names. Their weights and sessions are made when the first of them is opened, and kept."""
+    return [*_torch_candidates(prepared, plan, segments), *_ort_candidates(prepared, plan, segments, work)]
+
+
+def _torch_candidates(prepared: Prepared, plan: Plan, segments: Segments) -> list[Candidate]:
     from rmt_trt.benchmarks.lean import LeanStep
     from rmt_trt.benchmarks.peers import TORCH_PEERS
 
-    device = f"cuda:{plan.device}" if plan.gpu else "cpu"
-    if not plan.gpu and plan.threads is not None:
-        torch.set_num_threads(plan.threads)
-    wanted = [variants for peer, variants in TORCH_PEERS.items() if peer in plan.peers]
-    if not wanted:
-        return
-    step = LeanStep(prepared.model, plan.dtype, device)
-    for batch in plan.batches:
-        memory, rows = _on_device(prepared, plan, segments.by_batch[batch], step.embed.weight.dtype, device)
-        for variants in wanted:
-            for name, opener in list(variants.items())[: 1 if plan.quick else None]:
-                say(f"{name}, batch {batch}")
-                with results.attempt("step", name, batch):
-                    _peer(name, partial(opener, step, memory, rows), batch, plan, segments, meters, results)
-                meters.release()
+    @functools.cache
+    def step() -> LeanStep:
+        return LeanStep(prepared.model, plan.dtype, plan.place)
+
+    def opened(opener: Callable[..., Loop], batch: int) -> Loop:
+        return opener(step(), *_on_device(prepared, plan, segments.by_batch[batch]))
+
+    return [
+        Candidate(name, functools.partial(opened, opener), smallest_only=number > 0)
+        for peer, variants in TORCH_PEERS.items()
+        if peer in plan.peers
+        for number, (name, opener) in enumerate(variants.items())
+        if number == 0 or not plan.quick
+    ]
 
 
-def ort_peers(
-    prepared: Prepared, plan: Plan, segments: Segments, meters: Meters, work: Path, results: Results, say: Say
+def _ort_candidates(prepared: Prepared, plan: Plan, segments: Segments, work: Path) -> list[Candidate]:
+    from rmt_trt.benchmarks import ort_peer
+
+    if "ort" not in plan.peers:
+        return []
+
+    @functools.cache
+    def session(opset: int, graph: bool) -> Any:
+        path = ort_peer.export_lean(prepared.model, plan.dtype, opset, work, prepared.name)
+        return ort_peer.session(path, plan.device if plan.gpu else None, plan.threads, plan.dtype, graph)
+
+    def opened(opset: int, graph: bool, batch: int) -> Loop:
+        memory, rows = _on_device(prepared, plan, segments.by_batch[batch])
+        made = session(opset, graph)
+        if not plan.gpu:
+            return ort_peer.host_loop(made, memory.numpy(), rows.numpy())
+        return ort_peer.captured_loop(made, memory, rows) if graph else ort_peer.bound_loop(made, memory, rows)
+
+    variants = [(20, False), (23, False), (20, True)] if plan.gpu else [(20, False), (23, False)]
+    return [
+        Candidate(
+            f"ONNX Runtime, opset {opset}" + (" + CUDA graph" if graph else ""),
+            functools.partial(opened, opset, graph),
+            smallest_only=graph,
+        )
+        for opset, graph in variants[: 1 if plan.quick else None]
+    ]
+
+
+def compare(
+    runtime: RMTRuntime,
+    peers: list[Candidate],
+    plan: Plan,
+    segments: Segments,
+    meters: Meters,
+    results: Results,
+    say: Say,
 ) -> None:
-    """ONNX Runtime with plain exports of the step, at every batch size."""
-    from rmt_trt.benchmarks.ort_peer import bound_loop, export_lean, host_loop, session
-
-    device = f"cuda:{plan.device}" if plan.gpu else "cpu"
-    for opset in ORT_OPSETS[: 1 if plan.quick else None]:
-        name = f"ONNX Runtime, plain export, opset {opset}"
-        say(name)
-        with results.attempt("step", name, plan.batches[0]):
-            path = export_lean(prepared.model, plan.dtype, opset, work, prepared.name)
-            made = session(path, plan.device if plan.gpu else None, plan.threads, plan.dtype)
-            for batch in plan.batches:
-                rows = segments.by_batch[batch]
-                dtype = _torch_dtype(plan.dtype)
-                memory, tokens = _on_device(prepared, plan, rows, dtype, device)
-
-                def opened(memory: Any = memory, tokens: Any = tokens, made: Any = made) -> Any:
-                    if plan.gpu:
-                        return bound_loop(made, memory, tokens, {})
-                    return host_loop(made, memory.numpy(), tokens.numpy())
-
-                with results.attempt("step", name, batch):
-                    _peer(name, opened, batch, plan, segments, meters, results)
-        made = None
-        meters.release()
+    """Every peer at every batch size, ours and the peer taking turns."""
+    for peer in peers:
+        for batch in plan.batches:
+            if peer.smallest_only and batch != min(plan.batches):
+                continue
+            say(f"{peer.name}, batch {batch}")
+            with results.attempt("step", peer.name, batch):
+                results.add(_beside(runtime, peer, batch, plan, segments, meters))
+            meters.release()
 
 
-def _peer(
-    name: str, opened: Callable[[], Any], batch: int, plan: Plan, segments: Segments, meters: Meters, results: Results
-) -> None:
-    """Opens a peer, proves it right, times it. Errors: VerificationError, when its memory is wrong."""
-    from rmt_trt.export.verify import TOLERANCES
-
+def _beside(runtime: RMTRuntime, peer: Candidate, batch: int, plan: Plan, segments: Segments, meters: Meters) -> Row:
+    """Opens a peer, proves it right, times it beside ours. Errors: VerificationError, when its memory is wrong."""
     before = meters.device_bytes()
-    loop = opened()
+    loop = peer.open(batch)
     error = segments.error(loop(CHECKED_SEGMENTS).float().cpu().numpy(), batch)
-    if not error <= TOLERANCES[plan.dtype]:
-        raise VerificationError(f"its memory is off by {error:.1e}, more than {TOLERANCES[plan.dtype]:.1e}", {})
+    require_right(error, plan)
     rows = segments.by_batch[batch]
-    timing = measure(lambda: loop(len(rows)), plan.effort)
-    values: dict[str, Any] = {"error": error}
+    ours = texts(rows)
+
+    def theirs() -> object:
+        return loop(len(rows))
+
+    def mine() -> object:
+        return runtime.run(ours, alignment="left")
+
+    theirs(), mine()
+    timing, turn = measure_in_turn([theirs, mine], plan.effort)
+    values: dict[str, Any] = {"error": error, f"{OURS}_seconds": turn.median}
     used = meters.device_bytes()
     if used is not None and before is not None:
         values["device_bytes"] = used - before
-    results.add(Row("step", name, batch, rows.shape[0] * rows.shape[2], rows.shape[0], timing, values))
+    return Row("step", peer.name, batch, rows.shape[0] * rows.shape[2], rows.shape[0], timing, values)
 
 
-def _torch_dtype(name: str) -> Any:
-    from rmt_trt.benchmarks.lean import DTYPES
+def require_right(error: float, plan: Plan) -> None:
+    """Errors: VerificationError, when a memory is further from the fp32 step's than the dtype's tolerance."""
+    from rmt_trt.export.verify import TOLERANCES
 
-    return DTYPES[name]
+    if not error <= TOLERANCES[plan.dtype]:
+        raise VerificationError(
+            f"the memory after {CHECKED_SEGMENTS} segments is off by {error:.1e}, more than {TOLERANCES[plan.dtype]:.1e}",
+            {},
+        )
 
 
-def _on_device(prepared: Prepared, plan: Plan, rows: np.ndarray, dtype: Any, device: str) -> tuple[Any, Any]:
+def _on_device(prepared: Prepared, plan: Plan, rows: np.ndarray) -> tuple[Any, Any]:
+    """The first memory (b, M, d) in the plan's dtype, and the segments (n, b, S) int64."""
     import torch
 
-    batch = rows.shape[1]
-    memory = prepared.model.memory.detach()[None].expand(batch, -1, -1).to(device=device, dtype=dtype).contiguous()
-    return memory, torch.from_numpy(rows).to(device)
+    from rmt_trt.benchmarks.lean import DTYPES
+
+    memory = prepared.model.memory.detach()[None].expand(rows.shape[1], -1, -1)
+    return memory.to(device=plan.place, dtype=DTYPES[plan.dtype]).contiguous(), torch.from_numpy(rows).to(plan.place)

@@ -38,11 +38,11 @@ def drift(
 ) -> None:
     """Relative L2 distance of each dtype's memory from the fp32 engine's, after 1, 2, 4, ... `segments` full segments.
 
-    reference  engine that runs the fp32 recurrence; None takes the plan's own
+    reference  engine that runs the bundle's fp32 recurrence, "cpu" say; None takes the plan's own
     """
     from rmt_trt.export.verify import relative_error
 
-    with ExitStack() as stack:
+    with results.attempt("drift", "fp32, the reference"), ExitStack() as stack:
         exact = stack.enter_context(_open(bundle, reference or plan.engine, "fp32", plan))
         size = exact.spec.segment_length
         tokens = documents(exact.spec, 1, segments * size)[0]

@@ -26,7 +26,9 @@ from rmt_trt.contract import StepSpec
 FULL = "full attention"
 FIRST_LENGTH = 4096
 LAST_LENGTH = 1 << 23
+WARM_LENGTH = 1 << 16  # a pass over more takes long enough to be warm by itself
 TABLES = ("position_embeddings", "wpe")  # modules that hold a row per position
+SPARE_POSITIONS = 8
 BUFFERS = ("position_ids", "token_type_ids")  # (1, positions), where a backbone keeps them
 
 
@@ -34,7 +36,7 @@ class FullAttention:
     """One pass over tokens (1, n) int64 on the device; gives the last token's hidden state or logits."""
 
     def __init__(self, prepared: Prepared, dtype: str, device: str) -> None:
-        self.backbone: Any = lean_backbone(prepared.model, dtype, device)
+        self.backbone = lean_backbone(prepared.model, dtype, device)
         self.encoder = prepared.model.config.form == "encoder"
         self._tables = {
             name: module.weight.data
@@ -43,20 +45,16 @@ class FullAttention:
         }
 
     def lengthen(self, length: int) -> None:
-        """Makes room for `length` positions."""
+        """Makes room for `length` positions, and the few that RoBERTa leaves out at the start."""
+        rows = length + SPARE_POSITIONS
         for name, table in self._tables.items():
-            repeats = -(-(length + 8) // len(table))
-            self.backbone.get_submodule(name).weight.data = table.repeat(repeats, 1)
+            self.backbone.get_submodule(name).weight.data = table.repeat(-(-rows // len(table)), 1)
         for module in self.backbone.modules():
             for name in BUFFERS:
-                if isinstance(getattr(module, name, None), torch.Tensor):
-                    device = getattr(module, name).device
-                    row = (
-                        torch.arange(length, device=device)
-                        if name == "position_ids"
-                        else torch.zeros(length, device=device)
-                    )
-                    setattr(module, name, row.long()[None])
+                held = getattr(module, name, None)
+                if isinstance(held, torch.Tensor):
+                    row = torch.arange(rows) if name == "position_ids" else torch.zeros(rows, dtype=torch.int64)
+                    setattr(module, name, row[None].to(held.device))
 
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -70,9 +68,9 @@ def full_attention(
     prepared: Prepared, spec: StepSpec, plan: Plan, meters: Meters, results: Results, say: Callable[[str], None]
 ) -> None:
     """Passes over 4,096, 8,192, ... tokens, until memory ends or the next would take longer than the plan allows."""
-    device = f"cuda:{plan.device}"
+    dtype = "fp16" if plan.dtype == "fp32" else plan.dtype  # FlashAttention has no fp32
     with results.attempt("full", FULL), _flash():
-        model = FullAttention(prepared, plan.dtype, device)
+        model = FullAttention(prepared, dtype, plan.place)
         seconds: dict[int, float] = {}
         length = FIRST_LENGTH
         while length <= LAST_LENGTH and _expected(seconds, length) <= plan.full_seconds:
@@ -94,10 +92,7 @@ def _pass(model: FullAttention, spec: StepSpec, length: int, meters: Meters) -> 
     tokens = torch.from_numpy(documents(spec, 1, length)).to(next(model.backbone.parameters()).device)
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    effort = Effort(5, 1.0)
-    if length == FIRST_LENGTH:
-        model(tokens)
-    timing = measure(lambda: model(tokens), effort, warm=lambda: model(tokens[:, : min(length, 1 << 16)]))
+    timing = measure(lambda: model(tokens), Effort(5, 1.0, at_least=1), warm=lambda: model(tokens[:, :WARM_LENGTH]))
     values = {"device_bytes": torch.cuda.max_memory_allocated(), "weights_and_tokens_bytes": held}
     return Row("full", FULL, 1, length, 0, timing, values)
 

@@ -10,25 +10,33 @@ from rmt_trt.benchmarks.rows import Results, Row
 NAME_LENGTH = 120
 
 
-def kernels(name: str, run: Callable[[int], object], batch: int, steps: int, results: Results) -> None:
-    """Adds a row with the kernels of `run(steps)`, per step. Taken last of all: recording slows what comes after."""
+def kernels(name: str, run: Callable[[], object], batch: int, steps: int, results: Results) -> None:
+    """Adds a row with the kernels of `run`, of so many steps, per step. Taken last: recording may slow what comes after."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    run(steps)
+    run()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        run(steps)
+        run()
         torch.cuda.synchronize()
     table = by_name(
         (event.name, float(event.device_time_total))
-        for event in recorded.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        for event in recorded.events() or ()
+        if event.device_type.name == "CUDA"
     )
-    rows = [{"kernel": kernel, "calls": calls / steps, "microseconds": spent / steps} for kernel, calls, spent in table]
-    total = sum(row["microseconds"] for row in rows)
-    for row in rows:
-        row["share"] = row["microseconds"] / total if total else 0.0
-    results.add(Row("kernels", name, batch, values={"steps": steps, "microseconds_per_step": total, "table": rows}))
+    total = sum(spent for _, _, spent in table)
+    rows = [
+        {
+            "kernel": kernel,
+            "calls": calls / steps,
+            "microseconds": spent / steps,
+            "share": spent / total if total else 0.0,
+        }
+        for kernel, calls, spent in table
+    ]
+    results.add(
+        Row("kernels", name, batch, values={"steps": steps, "microseconds_per_step": total / steps, "table": rows})
+    )
 
 
 def by_name(events: Any) -> list[tuple[str, int, float]]:

@@ -45,27 +45,31 @@ AttentionInterface.register(ATTENTION["encoder"], _attention(causal=False))
 AttentionInterface.register(ATTENTION["decoder"], _attention(causal=True))
 
 
-def lean_backbone(model: RMTModel, dtype: str, device: torch.device | str) -> nn.Module:
+def lean_backbone(model: RMTModel, dtype: str, device: torch.device | str) -> Any:
     """A copy of the backbone with its head: parameters in `dtype`, tables of rotary positions as they are."""
-    backbone = copy.deepcopy(model.backbone).eval()
-    backbone.set_attn_implementation(ATTENTION[model.config.form])  # type: ignore[operator]
+    backbone: Any = copy.deepcopy(model.backbone).eval()
+    backbone.set_attn_implementation(ATTENTION[model.config.form])
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
         parameter.requires_grad_(False)
     if getattr(backbone.base_model, "pooler", None) is not None:
-        backbone.base_model.pooler = None  # type: ignore[union-attr]
+        backbone.base_model.pooler = None
     return backbone.to(device)
 
 
 class LeanStep(nn.Module):
     """forward(memory (b, M, d), segment (b, S) int64, full) -> new memory (b, M, d), in the weights' dtype."""
 
+    prefix: torch.Tensor
+    middle: torch.Tensor
+    suffix: torch.Tensor
+
     def __init__(self, model: RMTModel, dtype: str, device: torch.device | str = "cpu") -> None:
         super().__init__()
         config = model.config
         self.encoder, self.num_memory, self.first = config.form == "encoder", config.num_memory, len(config.prefix_ids)
         self.base = lean_backbone(model, dtype, device).base_model
-        self.embed = self.base.get_input_embeddings()  # type: ignore[operator]
+        self.embed: Any = self.base.get_input_embeddings()
         for name in ("prefix", "middle", "suffix"):
             ids = torch.tensor(getattr(config, f"{name}_ids"), dtype=torch.int64, device=device)
             self.register_buffer(name, self.embed(ids)[None].detach(), persistent=False)
@@ -91,4 +95,4 @@ def exact_memory(model: RMTModel, segments: np.ndarray, device: str) -> np.ndarr
     memory = step.memory.detach()[None].expand(segments.shape[1], -1, -1).contiguous()
     for segment in segments:
         memory, _ = step(memory, torch.from_numpy(segment).to(device))
-    return memory.cpu().numpy()  # type: ignore[no-any-return]
+    return memory.cpu().numpy()

@@ -18,8 +18,12 @@ def limits(plan: Plan, results: Results) -> None:
     """Bytes per second of a large copy (read and written), and FLOP/s of a large matrix product in each dtype."""
     import torch
 
-    device = f"cuda:{plan.device}" if plan.gpu else "cpu"
-    wait = torch.cuda.synchronize if plan.gpu else (lambda: None)
+    device = plan.place
+
+    def wait() -> None:
+        if plan.gpu:
+            torch.cuda.synchronize()
+
     effort = Effort(10, 1.0)
     with results.attempt("limit", COPY):
         values = 1 << (29 if plan.gpu else 25)

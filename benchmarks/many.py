@@ -57,10 +57,10 @@ def many(runtime: RMTRuntime, options: ManyOptions, results: Results, say: Calla
     results.add(Row("many", FULL_BATCHES, options.slots, per_batch * size, per_batch, timing))
     sources: dict[str, Callable[[], Any]] = {"list": lambda: texts, "iterator": lambda: _each(texts)}
     for name, source in sources.items():
-        say(f"run_many of {options.count} documents from a {name}")
+        say(f"run_many of {options.count} documents, {name}")
         with results.attempt("many", name, options.slots):
             started = time.perf_counter()
-            running: Any = runtime.run_many(source(), slots=options.slots, alignment="left")  # type: ignore[attr-defined]
+            running: Any = runtime.run_many(source(), slots=options.slots, alignment="left")
             answers = sum(1 for _ in running)
             seconds = time.perf_counter() - started
             tokens = int(counts.sum()) * size

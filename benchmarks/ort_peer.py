@@ -6,7 +6,10 @@ On a GPU the memory stays on the device (I/O binding, two buffers in turn) and n
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import itertools
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmt_trt.benchmarks.lean import LeanStep
+from rmt_trt.benchmarks.lean import DTYPES, LeanStep
+from rmt_trt.benchmarks.peers import Loop
 from rmt_trt.errors import EngineError, require
 from rmt_trt.model.step import RMTModel
 
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 ONNX_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16, torch.int64: 7}
+_graph_ids = itertools.count(1)
 
 
 def export_lean(model: RMTModel, dtype: str, opset: int, folder: Path, name: str) -> Path:
@@ -30,9 +35,11 @@ def export_lean(model: RMTModel, dtype: str, opset: int, folder: Path, name: str
         return path
     folder.mkdir(parents=True, exist_ok=True)
     step = LeanStep(model, dtype)
-    memory = model.memory.detach()[None].expand(2, -1, -1).to(step.embed.weight.dtype)
+    memory = model.memory.detach()[None].expand(2, -1, -1).to(DTYPES[dtype])
     segment = torch.zeros((2, model.config.segment_length), dtype=torch.int64)
     batch = torch.export.Dim("batch", min=1)
+    for noisy in ("torch.onnx", "onnxscript"):  # they comment on packages and nodes that matter to nobody here
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
@@ -65,30 +72,23 @@ def session(path: Path, device: int | None, threads: int | None, dtype: str, gra
     if dtype == "fp32":
         provider["use_tf32"] = "0"  # as exact as ours, which it is compared with
     if graph:
-        provider["enable_cuda_graph"] = "1"
+        provider |= {"enable_cuda_graph": "1", "user_compute_stream": str(side_stream(device).cuda_stream)}
     made = ort.InferenceSession(str(path), options, providers=[("CUDAExecutionProvider", provider)])
     if made.get_providers()[0] != "CUDAExecutionProvider":
         raise EngineError(f"ONNX Runtime has no CUDA provider here; it took {made.get_providers()}")
     return made
 
 
-def bound_loop(made: Any, memory: torch.Tensor, segments: torch.Tensor, outputs: dict[str, torch.Tensor]) -> Any:
-    """The loop of `peers`, on a GPU. outputs: further outputs of the graph, each with a buffer that it is bound to."""
+def bound_loop(made: Any, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
+    """The loop of `peers`, on a GPU."""
     ort = require("onnxruntime", "cpu", "the ONNX Runtime peer")
     buffers = (memory.clone(), torch.empty_like(memory))
     quiet = ort.RunOptions()
     quiet.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    index = memory.device.index or 0
-
-    def bind(method: Callable[..., None], name: str, tensor: torch.Tensor) -> None:
-        method(name, "cuda", index, ONNX_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
-
     bindings = [made.io_binding() for _ in range(2)]
     for turn, binding in enumerate(bindings):
         bind(binding.bind_input, "memory", buffers[turn])
         bind(binding.bind_output, "new_memory", buffers[1 - turn])
-        for name, tensor in outputs.items():
-            bind(binding.bind_output, name, tensor)
     rows = list(segments.unbind())
 
     def loop(count: int) -> torch.Tensor:
@@ -104,7 +104,51 @@ def bound_loop(made: Any, memory: torch.Tensor, segments: torch.Tensor, outputs:
     return loop
 
 
-def host_loop(made: Any, memory: np.ndarray, segments: np.ndarray) -> Any:
+def captured_loop(made: Any, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
+    """The same with ONNX Runtime's own CUDA graph: fixed addresses, a segment and the memory copied in beside each run.
+
+    The session was opened with graph=True, so that it runs on `side_stream`, where the copies are made too.
+    """
+    ort = require("onnxruntime", "cpu", "the ONNX Runtime peer")
+    carried, written, fed = memory.clone(), torch.empty_like(memory), segments[0].clone()
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))  # a graph has its addresses in it
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    binding = made.io_binding()
+    bind(binding.bind_input, "memory", carried)
+    bind(binding.bind_input, "segment", fed)
+    bind(binding.bind_output, "new_memory", written)
+    rows, stream = list(segments.unbind()), side_stream(memory.device.index or 0)
+    torch.cuda.synchronize()
+    made.run_with_iobinding(binding, options)  # captures
+    torch.cuda.synchronize()
+
+    def loop(count: int) -> torch.Tensor:
+        with torch.cuda.stream(stream):
+            carried.copy_(memory)
+            for segment in rows[:count]:
+                fed.copy_(segment)
+                made.run_with_iobinding(binding, options)
+                carried.copy_(written)
+        torch.cuda.synchronize()
+        return carried
+
+    return loop
+
+
+@functools.cache
+def side_stream(device: int) -> Any:
+    """A stream that PyTorch and ONNX Runtime share; it lives as long as the process."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def bind(method: Callable[..., None], name: str, tensor: torch.Tensor) -> None:
+    """Binds a device tensor, where it lies, as an input or output of a session."""
+    device = tensor.device
+    method(name, device.type, device.index or 0, ONNX_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+
+
+def host_loop(made: Any, memory: np.ndarray, segments: np.ndarray) -> Loop:
     """The loop of `peers`, on the CPU."""
 
     def loop(count: int) -> torch.Tensor:

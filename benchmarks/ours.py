@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from rmt_trt.benchmarks.machine import Meters
-from rmt_trt.benchmarks.plan import CHECKED_SEGMENTS, Plan, documents
+from rmt_trt.benchmarks.plan import Plan, documents
 from rmt_trt.benchmarks.rows import Results, Row
-from rmt_trt.benchmarks.timing import measure
+from rmt_trt.benchmarks.timing import Effort, measure
 from rmt_trt.runtime import RMTRuntime
 
 OURS = "rmt-trt"
 ENERGY_SECONDS = 2.0  # the counter moves every tenth of a second or so
 MORE_TOKENS = 1000
-
-Error = Callable[[np.ndarray, int], float]
 
 
 def load(bundle: Path, plan: Plan, meters: Meters, results: Results, max_batch: int) -> RMTRuntime:
@@ -43,24 +41,29 @@ def load(bundle: Path, plan: Plan, meters: Meters, results: Results, max_batch: 
     return runtime
 
 
+def texts(segments: np.ndarray) -> Any:
+    """Full segments (n, b, S) as a user has them: a list of b documents, or one document for b = 1."""
+    rows = [np.ascontiguousarray(segments[:, i].reshape(-1)) for i in range(segments.shape[1])]
+    return rows if len(rows) > 1 else rows[0]
+
+
+def memory_after(runtime: RMTRuntime, segments: np.ndarray) -> np.ndarray:
+    """Memory (b, M, d) after the segments (n, b, S)."""
+    memory: np.ndarray = runtime.run(texts(segments), alignment="left", logits="none").memory
+    return memory.reshape(segments.shape[1], *memory.shape[-2:])
+
+
 def step_times(
-    runtime: RMTRuntime, plan: Plan, batch: int, segments: np.ndarray, error: Error, meters: Meters, results: Results
+    runtime: RMTRuntime, plan: Plan, segments: np.ndarray, error: float, meters: Meters, results: Results
 ) -> None:
-    """Full segments (n, batch, S), as a user runs a batch of documents; what the peers are compared with."""
-    steps, size = segments.shape[0], runtime.spec.segment_length
-    rows = [np.ascontiguousarray(segments[:, i].reshape(-1)) for i in range(batch)]
-    given: Any = rows if batch > 1 else rows[0]
-
-    def call(tokens: Any = given) -> Any:
-        return runtime.run(tokens, alignment="left")
-
-    few = [row[: CHECKED_SEGMENTS * size] for row in rows]
-    memory = np.stack([result.memory for result in call(few)])
-    idle = meters.device_bytes()
-    timing = measure(call, plan.effort, warm=lambda: call())
-    values: dict[str, Any] = {"error": error(memory, batch)}
-    if idle is not None:
-        values["device_bytes_in_use"] = meters.device_bytes()
+    """Full segments (n, b, S), as a user runs a batch of documents. error: of the memory, for the report."""
+    steps, batch, size = segments.shape
+    given = texts(segments)
+    timing = measure(lambda: runtime.run(given, alignment="left"), plan.effort)
+    values: dict[str, Any] = {"error": error}
+    used = meters.device_bytes()
+    if used is not None:
+        values["device_bytes_in_use"] = used
     results.add(Row("step", OURS, batch, steps * size, steps, timing, values))
     bare(runtime, plan, batch, steps, results)
 
@@ -82,19 +85,19 @@ def length_times(runtime: RMTRuntime, plan: Plan, meters: Meters, results: Resul
     for tokens in plan.tokens:
         with results.attempt("length", OURS, tokens=tokens):
             document = documents(spec, 1, tokens)[0]
-            short = document[: 4 * spec.segment_length]
-
-            def call(document: np.ndarray = document) -> Any:
-                return runtime.run(document, alignment="left")
-
-            before = call(short)
-            timing = measure(call, plan.effort, warm=lambda short=short: runtime.run(short, alignment="left"))
-            steps = -(-tokens // spec.segment_length)
-            values = {"host_bytes": meters.host_bytes(), "finite": bool(np.isfinite(before.memory).all())}
+            short = document[: 64 * spec.segment_length]
+            timing = measure(run_call(runtime, document), plan.effort, warm=run_call(runtime, short))
+            values = {"host_bytes": meters.host_bytes()}
             used = meters.device_bytes()
             if used is not None:
                 values["device_bytes_in_use"] = used
+            steps = -(-tokens // spec.segment_length)
             results.add(Row("length", OURS, 1, tokens, steps, timing, values))
+
+
+def run_call(runtime: RMTRuntime, tokens: Any, state: Any = None) -> Callable[[], object]:
+    """A run to the answer, to be timed."""
+    return lambda: runtime.run(tokens, state=state, alignment="left")
 
 
 def latencies(runtime: RMTRuntime, plan: Plan, results: Results) -> None:
@@ -105,8 +108,7 @@ def latencies(runtime: RMTRuntime, plan: Plan, results: Results) -> None:
     for name, tokens in (("one segment more", spec.segment_length), ("1,000 tokens more", MORE_TOKENS)):
         with results.attempt("latency", name, tokens=tokens):
             more = documents(spec, 1, tokens, seed=1)[0]
-            effort = plan.effort.__class__(max(100, plan.effort.repeat), plan.effort.seconds / 2)
-            timing = measure(lambda more=more: runtime.run(more, state=state, alignment="left"), effort)
+            timing = measure(run_call(runtime, more, state), Effort(100, plan.effort.seconds / 2))
             results.add(Row("latency", name, 1, tokens, -(-tokens // spec.segment_length), timing))
 
 

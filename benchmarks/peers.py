@@ -36,11 +36,12 @@ def graph(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
 def compiled(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
     """torch.compile(mode="max-autotune"), with the CUDA graphs that it makes itself."""
     torch._dynamo.reset()
-    fast = torch.compile(step, mode="max-autotune", dynamic=False, fullgraph=True)
+    fast = torch.compile(step, mode="max-autotune", dynamic=False)
 
     def call(current: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return fast(current, segment).clone()  # its own output is overwritten by the next call
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        output: torch.Tensor = fast(current, segment)
+        return output.clone()  # its own output is overwritten by the next call
 
     return _loop(call, memory, segments)
 
@@ -48,7 +49,7 @@ def compiled(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Lo
 def compiled_graph(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
     """torch.compile(mode="max-autotune-no-cudagraphs") captured by hand, as `graph`."""
     torch._dynamo.reset()
-    fast = torch.compile(step, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
+    fast = torch.compile(step, mode="max-autotune-no-cudagraphs", dynamic=False)
     return _captured(fast, memory, segments)
 
 
@@ -77,7 +78,7 @@ def _loop(call: Callable[[Any, Any], torch.Tensor], memory: torch.Tensor, segmen
 @torch.inference_mode()
 def _captured(call: Callable[[Any, Any], torch.Tensor], memory: torch.Tensor, segments: torch.Tensor) -> Loop:
     carried, fed, rows = memory.clone(), segments[0].clone(), list(segments.unbind())
-    side = torch.cuda.Stream()
+    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_STEPS):

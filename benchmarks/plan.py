@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmt_trt.benchmarks.timing import Effort
-from rmt_trt.contract import DTYPES, ENGINES, StepSpec
+from rmt_trt.contract import ENGINES, StepSpec
 from rmt_trt.errors import ContractError
 
 PEERS = ("eager", "graph", "compile", "ort", "full")
 CPU_PEERS = ("eager", "ort")
+COMPARED_DTYPES = ("fp32", "fp16", "bf16")
 CHECKED_SEGMENTS = 4  # after so many segments a peer's memory is compared with the fp32 step's
 
 
@@ -39,9 +40,9 @@ class Plan:
     full_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("--engine", self.engine, ENGINES), ("--dtype", self.dtype, DTYPES)):
-            if value not in allowed:
-                raise ContractError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+        for name, word, allowed in (("--engine", self.engine, ENGINES), ("--dtype", self.dtype, COMPARED_DTYPES)):
+            if word not in allowed:
+                raise ContractError(f"{name} is {word!r}; expected one of {', '.join(allowed)}")
         unknown = [peer for peer in self.peers if peer not in PEERS]
         if unknown:
             raise ContractError(f"--peers names {unknown[0]!r}; expected some of {', '.join(PEERS)}, or none")
@@ -55,9 +56,10 @@ class Plan:
         for name, values in (("--batch", self.batches), ("--tokens", self.tokens)):
             if not values or min(values) < 1:
                 raise ContractError(f"{name} is {','.join(map(str, values))!r}; expected whole numbers from 1 on")
-        for name, value in (("--repeat", self.repeat), ("--steps", self.steps), ("--full-seconds", self.full_seconds)):
-            if value is not None and value <= 0:
-                raise ContractError(f"{name} is {value}; expected a number above 0")
+        numbers = {"--repeat": self.repeat, "--steps": self.steps, "--full-seconds": self.full_seconds}
+        for name, number in numbers.items():
+            if number is not None and not number > 0:
+                raise ContractError(f"{name} is {number}; expected a number above 0")
 
     @property
     def gpu(self) -> bool:
@@ -65,9 +67,14 @@ class Plan:
         return self.engine not in ("cpu", "torch")
 
     @property
+    def place(self) -> str:
+        """PyTorch's name of the device."""
+        return f"cuda:{self.device}" if self.gpu else "cpu"
+
+    @property
     def effort(self) -> Effort:
         """How often a measurement is repeated."""
-        return Effort(min(self.repeat, 7), 1.5) if self.quick else Effort(self.repeat, 5.0)
+        return Effort(min(self.repeat, 7), 1.5) if self.quick else Effort(self.repeat, 3.0)
 
     def steps_at(self, batch: int) -> int:
         """Full segments in a run that compares engines at a batch size."""
@@ -75,7 +82,7 @@ class Plan:
             return max(self.steps, CHECKED_SEGMENTS)
         if not self.gpu:
             return 8
-        return max(32, (128 if self.quick else 512) // batch)
+        return max(32, (128 if self.quick else 256) // batch)
 
 
 def allowed_ids(spec: StepSpec) -> np.ndarray:

@@ -34,6 +34,8 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
         if row.name == OURS or mine is None:
             continue
         each = row.per_segment
+        if f"{OURS}_seconds" in row.values and row.segments:  # taken in turn with this peer
+            mine = row.values[f"{OURS}_seconds"] / row.segments
         found.append(Ratio(row.name, row.batch, mine, each, each / mine if each else None, row.failed))
     return sorted(found, key=lambda one: (one.batch, one.seconds if one.seconds is not None else float("inf")))
 

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
+Call = Callable[[], object]
+
 
 @dataclass(frozen=True)
 class Effort:
-    """How often a call is repeated: `repeat` times, but no longer than `seconds` in all, and at least 3 times unless one
-    call alone takes longer than `seconds`."""
+    """How often a call is repeated: `repeat` times, but at most for `seconds` in all, and `at_least` times even so."""
 
     repeat: int = 20
     seconds: float = 4.0
+    at_least: int = 3
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,26 @@ class Timing:
         return asdict(self)
 
 
-def measure(call: Callable[[], object], effort: Effort, warm: Callable[[], object] | None = None) -> Timing:
+def measure(call: Call, effort: Effort, warm: Call | None = None) -> Timing:
     """Times `call`, which must return only when its work is done, on whatever device.
 
     warm  runs once before the clock is read; None runs the call itself
     """
     (warm or call)()
-    samples: list[float] = []
-    while len(samples) < effort.repeat:
-        started = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - started)
-        spent = sum(samples)
-        if spent > effort.seconds and (len(samples) >= 3 or samples[0] > effort.seconds):
+    return measure_in_turn([call], effort)[0]
+
+
+def measure_in_turn(calls: Sequence[Call], effort: Effort) -> list[Timing]:
+    """Times several calls, one after another in each round, so that a change of the machine's pace meets all of them.
+
+    The calls are warm already. Each gets the time of `effort`.
+    """
+    samples: list[list[float]] = [[] for _ in calls]
+    for done in range(1, effort.repeat + 1):
+        for call, taken in zip(calls, samples, strict=True):
+            started = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - started)
+        if done >= effort.at_least and max(sum(taken) for taken in samples) > effort.seconds:
             break
-    return Timing.of(samples)
+    return [Timing.of(taken) for taken in samples]
