@@ -53,7 +53,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # The peak resident memory of a fresh process, in KiB, from /proc: the ru_maxrss of a process that was just started is
 # that of the process that started it, since the kernel carries it over. The length alone differs between two runs.
 CHILD = """
-import re, sys
+import itertools, re, sys
 import numpy as np
 from rmt_trt import RMTRuntime
 graph, source, logits, length, path, keep = sys.argv[1:]
@@ -62,12 +62,23 @@ tokens = {
     "ints": lambda: (i % 96 for i in range(length)),
     "pieces": lambda: (np.arange(start, min(start + 700, length)) % 96 for start in range(0, length, 700)),
     "memmap": lambda: np.memmap(path, np.int64, "r", shape=(length,)),
+    "many": lambda: None,
 }[source]()
 alignment = "right" if source == "memmap" else "left"
 with RMTRuntime(graph, engine="cpu", threads=1) as runtime:
-    out = runtime.run(tokens, logits=logits, alignment=alignment,
-                      on_piece=None if keep == "keep" else lambda piece: None)
-assert out.tokens == length, out.tokens
+    if source == "many":  # documents of 1 to 4 segments, without end but for the tokens in all
+        sizes = (1 + 701 * number % 2048 for number in itertools.count())
+        documents = ((np.arange(size) % 96) for size in sizes)
+        done = 0
+        for _, out in runtime.run_many(documents, slots=8, alignment="right"):
+            done += out.tokens
+            if done >= length:
+                break
+    else:
+        # In blocks where nothing is kept of a segment, by segment where rows are handed over.
+        blocks = keep == "keep" or logits == "last"
+        out = runtime.run(tokens, logits=logits, alignment=alignment, on_piece=None if blocks else lambda piece: None)
+        assert out.tokens == length, out.tokens
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
@@ -88,6 +99,8 @@ def peak_mb(graph: Path, source: str, logits: str, length: int, keep: str = "dro
     [
         ("classifier", "ints", "last"),
         ("classifier", "memmap", "last"),
+        ("classifier", "many", "last"),
+        ("lm", "many", "last"),
         ("lm", "pieces", "last"),
         ("lm", "pieces", "all"),
         ("lm", "memmap", "loglik"),
