@@ -15,7 +15,17 @@ from rmt_trt.benchmarks.endurance import drift, growth
 from rmt_trt.benchmarks.limits import limits, step_flops
 from rmt_trt.benchmarks.machine import Meters, describe
 from rmt_trt.benchmarks.many import ManyOptions, many
-from rmt_trt.benchmarks.ours import OURS, energy, latencies, length_times, load, memory_after, run_call, step_times
+from rmt_trt.benchmarks.ours import (
+    OURS,
+    energy,
+    latencies,
+    length_times,
+    load,
+    memory_after,
+    run_call,
+    step_times,
+    texts,
+)
 from rmt_trt.benchmarks.plan import CHECKED_SEGMENTS, Plan, documents
 from rmt_trt.benchmarks.plots import draw
 from rmt_trt.benchmarks.presets import Prepared
@@ -122,9 +132,10 @@ def _compare(
     say(f"{OURS}, by length")
     length_times(runtime, plan, meters, results)
     latencies(runtime, plan, results)
-    for batch in smallest_and_largest(plan):
+    for batch in plan.smallest_and_largest:
         with results.attempt("energy", OURS, batch):
-            energy(runtime, plan, batch, meters, results)
+            rows = segments.by_batch[batch]
+            results.add(*energy(OURS, run_call(runtime, texts(rows)), rows.size, batch, meters))
     peers = candidates(prepared, plan, segments, work)
     compare(runtime, peers, plan, segments, meters, results, say)
     if "full" in plan.peers:
@@ -138,7 +149,7 @@ def _kernels(plan: Plan, runtime: RMTRuntime, peers: list[Candidate], results: R
     """Ours and the best peer, at the smallest and the largest batch."""
     from rmt_trt.benchmarks.kernels import kernels
 
-    for batch in smallest_and_largest(plan):
+    for batch in plan.smallest_and_largest:
         tokens = documents(runtime.spec, batch, KERNEL_STEPS * runtime.spec.segment_length)
         say(f"kernels, batch {batch}")
         with results.attempt("kernels", OURS, batch):
@@ -149,8 +160,3 @@ def _kernels(plan: Plan, runtime: RMTRuntime, peers: list[Candidate], results: R
                 with results.attempt("kernels", peer.name, batch):
                     loop = peer.open(batch)
                     kernels(peer.name, functools.partial(loop, KERNEL_STEPS), batch, KERNEL_STEPS, results)
-
-
-def smallest_and_largest(plan: Plan) -> list[int]:
-    """The batch sizes at which what takes long is measured."""
-    return sorted({min(plan.batches), max(plan.batches)})

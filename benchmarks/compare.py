@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rmt_trt.benchmarks.machine import Meters
-from rmt_trt.benchmarks.ours import OURS, texts
+from rmt_trt.benchmarks.ours import OURS, energy, texts
 from rmt_trt.benchmarks.plan import CHECKED_SEGMENTS, Plan, documents
 from rmt_trt.benchmarks.presets import Prepared
 from rmt_trt.benchmarks.rows import Results, Row
@@ -84,11 +84,16 @@ def _ort_candidates(prepared: Prepared, plan: Plan, segments: Segments, work: Pa
 
     if "ort" not in plan.peers:
         return []
+    place = plan.device if plan.gpu else None
 
     @functools.cache
     def session(opset: int, graph: bool) -> Any:
         path = ort_peer.export_lean(prepared.model, plan.dtype, opset, work, prepared.name)
-        return ort_peer.session(path, plan.device if plan.gpu else None, plan.threads, plan.dtype, graph)
+        return ort_peer.session(path, place, plan.threads, plan.dtype, graph)
+
+    @functools.cache
+    def step_session() -> Any:
+        return ort_peer.session(prepared.bundle / "step.onnx", place, plan.threads, plan.dtype)
 
     def opened(opset: int, graph: bool, batch: int) -> Loop:
         memory, rows = _on_device(prepared, plan, segments.by_batch[batch])
@@ -97,8 +102,21 @@ def _ort_candidates(prepared: Prepared, plan: Plan, segments: Segments, work: Pa
             return ort_peer.host_loop(made, memory.numpy(), rows.numpy())
         return ort_peer.captured_loop(made, memory, rows) if graph else ort_peer.bound_loop(made, memory, rows)
 
+    def opened_step(batch: int) -> Loop:
+        """The bundle's own step.onnx, in fp32, with its mask and head."""
+        import torch
+
+        memory, rows = _on_device(prepared, plan, segments.by_batch[batch], "fp32")
+        if not plan.gpu:
+            return ort_peer.host_loop(step_session(), memory.numpy(), rows.numpy())
+        config = prepared.model.config
+        middle = () if config.form == "encoder" else (config.segment_length,)
+        logits = torch.empty((batch, *middle, config.num_logits), device=plan.place)
+        return ort_peer.bound_loop(step_session(), memory, rows, logits)
+
     variants = [(20, False), (23, False), (20, True)] if plan.gpu else [(20, False), (23, False)]
-    return [
+    plain = [] if plan.quick else [Candidate("ONNX Runtime, step.onnx in fp32", opened_step, smallest_only=True)]
+    return plain + [
         Candidate(
             f"ONNX Runtime, opset {opset}" + (" + CUDA graph" if graph else ""),
             functools.partial(opened, opset, graph),
@@ -124,11 +142,13 @@ def compare(
                 continue
             say(f"{peer.name}, batch {batch}")
             with results.attempt("step", peer.name, batch):
-                results.add(_beside(runtime, peer, batch, plan, segments, meters))
+                results.add(*_beside(runtime, peer, batch, plan, segments, meters))
             meters.release()
 
 
-def _beside(runtime: RMTRuntime, peer: Candidate, batch: int, plan: Plan, segments: Segments, meters: Meters) -> Row:
+def _beside(
+    runtime: RMTRuntime, peer: Candidate, batch: int, plan: Plan, segments: Segments, meters: Meters
+) -> list[Row]:
     """Opens a peer, proves it right, times it beside ours. Errors: VerificationError, when its memory is wrong."""
     before = meters.device_bytes()
     loop = peer.open(batch)
@@ -149,7 +169,10 @@ def _beside(runtime: RMTRuntime, peer: Candidate, batch: int, plan: Plan, segmen
     used = meters.device_bytes()
     if used is not None and before is not None:
         values["device_bytes"] = used - before
-    return Row("step", peer.name, batch, rows.shape[0] * rows.shape[2], rows.shape[0], timing, values)
+    found = [Row("step", peer.name, batch, rows.shape[0] * rows.shape[2], rows.shape[0], timing, values)]
+    if not plan.quick and batch in plan.smallest_and_largest:
+        found += energy(peer.name, theirs, rows.size, batch, meters)
+    return found
 
 
 def require_right(error: float, plan: Plan) -> None:
@@ -163,11 +186,13 @@ def require_right(error: float, plan: Plan) -> None:
         )
 
 
-def _on_device(prepared: Prepared, plan: Plan, rows: np.ndarray) -> tuple[Any, Any]:
-    """The first memory (b, M, d) in the plan's dtype, and the segments (n, b, S) int64."""
+def _on_device(prepared: Prepared, plan: Plan, rows: np.ndarray, dtype: str = "") -> tuple[Any, Any]:
+    """The first memory (b, M, d) in a dtype, the plan's own unless another is given, and the segments (n, b, S) int64."""
     import torch
 
     from rmt_trt.benchmarks.lean import DTYPES
 
     memory = prepared.model.memory.detach()[None].expand(rows.shape[1], -1, -1)
-    return memory.to(device=plan.place, dtype=DTYPES[plan.dtype]).contiguous(), torch.from_numpy(rows).to(plan.place)
+    return memory.to(device=plan.place, dtype=DTYPES[dtype or plan.dtype]).contiguous(), torch.from_numpy(rows).to(
+        plan.place
+    )

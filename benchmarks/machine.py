@@ -116,6 +116,7 @@ class Meters:
 
         import torch
 
+        torch._dynamo.reset()  # compiled steps keep their buffers until then
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -79,8 +79,8 @@ def session(path: Path, device: int | None, threads: int | None, dtype: str, gra
     return made
 
 
-def bound_loop(made: Any, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
-    """The loop of `peers`, on a GPU."""
+def bound_loop(made: Any, memory: torch.Tensor, segments: torch.Tensor, logits: torch.Tensor | None = None) -> Loop:
+    """The loop of `peers`, on a GPU. logits: where a graph that has a head writes it."""
     ort = require("onnxruntime", "cpu", "the ONNX Runtime peer")
     buffers = (memory.clone(), torch.empty_like(memory))
     quiet = ort.RunOptions()
@@ -89,6 +89,8 @@ def bound_loop(made: Any, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
     for turn, binding in enumerate(bindings):
         bind(binding.bind_input, "memory", buffers[turn])
         bind(binding.bind_output, "new_memory", buffers[1 - turn])
+        if logits is not None:
+            bind(binding.bind_output, "logits", logits)
     rows = list(segments.unbind())
 
     def loop(count: int) -> torch.Tensor:

@@ -112,19 +112,15 @@ def latencies(runtime: RMTRuntime, plan: Plan, results: Results) -> None:
             results.add(Row("latency", name, 1, tokens, -(-tokens // spec.segment_length), timing))
 
 
-def energy(runtime: RMTRuntime, plan: Plan, batch: int, meters: Meters, results: Results) -> None:
-    """Joules of the device by its own counter, per million tokens, over some seconds of work."""
-    if meters.joules() is None:
-        return
-    spec = runtime.spec
-    steps = plan.steps_at(batch)
-    tokens = documents(spec, batch, steps * spec.segment_length)
-    given: Any = list(tokens) if batch > 1 else tokens[0]
-    done, started, first = 0, time.perf_counter(), meters.joules() or 0.0
+def energy(name: str, call: Callable[[], object], tokens: int, batch: int, meters: Meters) -> list[Row]:
+    """Joules of the device by its own counter, over some seconds of calls of `tokens` tokens each; [] without a counter."""
+    first = meters.joules()
+    if first is None:
+        return []
+    calls, started = 0, time.perf_counter()
     while time.perf_counter() - started < ENERGY_SECONDS:
-        runtime.run(given, alignment="left")
-        done += tokens.size
+        call()
+        calls += 1
     spent, seconds = (meters.joules() or 0.0) - first, time.perf_counter() - started
-    results.add(
-        Row("energy", OURS, batch, values={"joules_per_million_tokens": 1e6 * spent / done, "watts": spent / seconds})
-    )
+    values = {"joules_per_million_tokens": 1e6 * spent / (calls * tokens), "watts": spent / seconds}
+    return [Row("energy", name, batch, values=values)]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmt_trt.benchmarks.timing import Effort
-from rmt_trt.contract import ENGINES, StepSpec
+from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError
 
 PEERS = ("eager", "graph", "compile", "ort", "full")
 CPU_PEERS = ("eager", "ort")
+ENGINES = ("cpu", "cuda")
 COMPARED_DTYPES = ("fp32", "fp16", "bf16")
 CHECKED_SEGMENTS = 4  # after so many segments a peer's memory is compared with the fp32 step's
 
@@ -64,12 +65,17 @@ class Plan:
     @property
     def gpu(self) -> bool:
         """Whether the run is on a GPU."""
-        return self.engine not in ("cpu", "torch")
+        return self.engine != "cpu"
 
     @property
     def place(self) -> str:
         """PyTorch's name of the device."""
         return f"cuda:{self.device}" if self.gpu else "cpu"
+
+    @property
+    def smallest_and_largest(self) -> list[int]:
+        """The batch sizes at which what takes long is measured."""
+        return sorted({min(self.batches), max(self.batches)})
 
     @property
     def effort(self) -> Effort:

@@ -67,17 +67,23 @@ def preset_config(name: str) -> ModelConfig:
 
 
 def prepare(
-    source: Path | None, preset: str | None, work: Path, engine: str, dtype: str, say: Callable[[str], None]
+    source: Path | None,
+    preset: str | None,
+    work: Path,
+    engine: str,
+    dtypes: tuple[str, ...],
+    say: Callable[[str], None],
 ) -> Prepared:
-    """The bundle with the graphs of `engine` and `dtype`, and its model.
+    """The bundle with the graphs of `engine` in `dtypes`, and its model.
 
-    A bundle of the user's is taken as it is. Of a checkpoint or a preset, one is exported into `work` and reused.
+    A bundle of the user's is taken as it is: it must hold the first of the dtypes. Of a checkpoint or a preset, one is
+    exported into `work` and reused.
     Errors: ContractError when neither or both are given; FormatError for a bundle without the graphs.
     """
     if (source is None) == (preset is None):
         raise ContractError("give either a bundle or checkpoint to measure, or --preset " + "|".join(PRESET_NAMES))
     if source is not None and source.is_dir() and (source / "manifest.json").exists():
-        return _own_bundle(source, engine, dtype)
+        return _own_bundle(source, engine, dtypes[0])
     if preset == "example":
         source = EXAMPLE
     if preset not in (None, "example"):
@@ -87,11 +93,10 @@ def prepare(
     loaded = _load(source) if source is not None else _random_model(name)
     bundle = work / f"{name}.rmt"
     _export(loaded, bundle, source, say)
-    if engine not in ("cpu", "torch") and not has_graphs(bundle, engine, dtype):
-        from rmt_trt.export import add_engine_graphs
-
-        say(f"{name}: making the graphs for engine {engine} in {dtype}")
-        add_engine_graphs(bundle, engine=engine, dtype=dtype, model=loaded.model)
+    for dtype in dtypes if engine != "cpu" else ():
+        if not has_graphs(bundle, engine, dtype):
+            say(f"{name}: making the graphs for engine {engine} in {dtype}")
+            _add_graphs(bundle, engine, dtype, loaded)
     return Prepared(name, bundle, loaded.model, "trained" if source is not None else "random, seed 0")
 
 
@@ -102,10 +107,18 @@ def has_graphs(bundle: Path, engine: str, dtype: str) -> bool:
     return any(graph.engine == engine and graph.dtype == dtype for graph in Bundle(bundle).manifest.graphs)
 
 
+def _add_graphs(bundle: Path, engine: str, dtype: str, loaded: LoadedModel) -> None:
+    """Adds them with a short check: what is measured is compared with the fp32 step again, at every batch size."""
+    from rmt_trt.export import EngineOptions, add_engine_graphs
+
+    options = EngineOptions(check_segments=EXPORT_SEGMENTS, segments=EXPORT_SEGMENTS)
+    add_engine_graphs(bundle, engine=engine, dtype=dtype, model=loaded.model, options=options)
+
+
 def _own_bundle(path: Path, engine: str, dtype: str) -> Prepared:
     from rmt_trt.bundle import Bundle
 
-    if engine not in ("cpu", "torch") and not has_graphs(path, engine, dtype):
+    if engine != "cpu" and not has_graphs(path, engine, dtype):
         raise FormatError(
             f"{path} holds no {dtype} graphs for engine '{engine}'. Add them with: rmt-export {path} --engine {engine} "
             f"--dtype {dtype}"

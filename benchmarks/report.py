@@ -29,7 +29,7 @@ class Section:
 def sections(head: dict[str, Any], rows: Sequence[Row]) -> list[Section]:
     """All that the rows say, sections without rows left out."""
     made = [
-        _ratios(rows), _ours(head, rows), _lengths(rows), _full(rows), _latencies(rows), _many(rows), _limits(rows),
+        _ratios(rows), _ours(head, rows), _lengths(rows), _full(rows), _latencies(rows), _energy(rows), _many(rows), _limits(rows),
         _drift(rows), _growth(rows), *_kernels(rows), _failures(rows),
     ]  # fmt: skip
     return [section for section in made if section.rows]
@@ -168,10 +168,21 @@ def _latencies(rows: Sequence[Row]) -> Section:
         if row.kind == "latency" and row.timing is not None:
             t = row.timing
             found.append((row.name, _ms(t.median), _ms(t.p90), _ms(t.p99), str(t.repeats)))
-        if row.kind == "energy":
-            joules = f"{row.values['joules_per_million_tokens']:.2f} J per million tokens"
-            found.append((f"energy, batch {row.batch}", joules, f"{row.values['watts']:.0f} W", "", ""))
-    return Section("Latency and energy", ("", "median, ms", "p90", "p99", "repeats"), found)
+    return Section("Latency", ("", "median, ms", "p90", "p99", "repeats"), found)
+
+
+def _energy(rows: Sequence[Row]) -> Section:
+    per_million = "joules_per_million_tokens"
+    ours = {row.batch: row.values[per_million] for row in rows if _ok(row, "energy") and row.name == OURS}
+    found = [
+        (
+            row.name, str(row.batch), f"{row.values[per_million]:.2f}", f"{row.values['watts']:.0f}",
+            f"{row.values[per_million] / ours[row.batch]:.2f}" if ours.get(row.batch) else "",
+        )
+        for row in rows
+        if _ok(row, "energy")
+    ]  # fmt: skip
+    return Section("Energy of the device", ("", "batch", "J per million tokens", "W", "by ours"), found)
 
 
 def _many(rows: Sequence[Row]) -> Section:

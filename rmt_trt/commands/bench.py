@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command
 from rmt_trt.errors import ContractError, require
@@ -14,6 +16,7 @@ from rmt_trt.files import checked_path
 
 app = new_app()
 
+PAPER_WIDTH = 170  # characters of a line that no terminal bounds
 GPU_PEERS, CPU_PEERS = "eager,graph,compile,ort,full", "eager,ort"
 GPU_TOKENS, CPU_TOKENS = "4096,65536,1048576,2000000", "4096,16384"
 
@@ -74,7 +77,7 @@ def bench(
     from rmt_trt.benchmarks.presets import prepare
     from rmt_trt.benchmarks.report import screen_table, sections
 
-    gpu = engine not in ("cpu", "torch")
+    gpu = engine != "cpu"
     plan = Plan(
         engine=engine, dtype=dtype or ("fp16" if gpu else "fp32"), device=device, threads=threads, repeat=repeat,
         batches=whole_numbers("--batch", batch),
@@ -99,9 +102,11 @@ def bench(
         screen.print(f"[{time.perf_counter() - started:6.1f} s] {text}")
 
     source = checked_path(model) if model is not None else None
-    results = run_benchmark(prepare(source, preset, work, engine, plan.dtype, say), plan, extra, out, work, say)
+    wanted = dict.fromkeys((plan.dtype, *(("fp32", *extra.drift_dtypes) if drift else ())))
+    results = run_benchmark(prepare(source, preset, work, engine, tuple(wanted), say), plan, extra, out, work, say)
+    paper = Console(width=None if sys.stdout.isatty() else PAPER_WIDTH, highlight=False, markup=False, emoji=False)
     for section in sections(results.head, results.rows):
-        screen.print(screen_table(section))
+        paper.print(screen_table(section))
     screen.print(f"{out}/results.json, {out}/results.md, in {time.perf_counter() - started:.1f} s")
 
 
