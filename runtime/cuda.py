@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rmt_trt.errors import EngineError, require
+from rmt_trt.errors import EngineError, TokenError, require
 
 CUDA_DEVICE, CUDA_MANAGED = 2, 13  # DLDeviceType of the DLPack header
 ALIGNMENT = 256
@@ -43,9 +43,9 @@ def on_gpu(array: Any) -> bool:
 
 
 def to_host(array: Any) -> np.ndarray:
-    """A host copy of an array that lies on a GPU and speaks DLPack, made by one transfer.
+    """A host copy of an array of tokens that lies on a GPU and speaks DLPack, made by one transfer.
 
-    Errors: EngineError, without cuda.core or for an array whose values do not lie one behind another.
+    Errors: EngineError without cuda.core; TokenError for an array whose values do not lie one behind another.
     """
     core = library()
     gpu = core.Device(int(array.__dlpack_device__()[1]))
@@ -56,9 +56,9 @@ def to_host(array: Any) -> np.ndarray:
     view = StridedMemoryView.from_dlpack(array, stream_ptr=int(stream.handle))
     wanted = [math.prod(view.shape[axis + 1 :]) for axis in range(len(view.shape))]
     if view.strides is not None and view.size and list(view.strides) != wanted:
-        raise EngineError(
-            f"an array of shape {tuple(view.shape)} on the GPU has strides {tuple(view.strides)}; expected its values one "
-            f"behind another. Pass a contiguous copy"
+        raise TokenError(
+            f"tokens of shape {tuple(view.shape)} on the GPU have strides {tuple(view.strides)}; expected their values one "
+            f"behind another. Pass a contiguous copy: tokens.contiguous() in PyTorch"
         )
     dtype = np.dtype(view.dtype)
     if not view.size:

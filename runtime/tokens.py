@@ -67,6 +67,8 @@ def as_array(tokens: Any) -> Any:
             return np.from_dlpack(tokens)
         if hasattr(tokens, "__array__"):
             return np.asarray(tokens)
+    except RMTError:
+        raise
     except Exception as err:  # the caller's own code runs here
         raise TokenError(
             f"tokens of type {type(tokens).__name__} cannot be read as a numpy array ({err or type(err).__name__}). "

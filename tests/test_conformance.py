@@ -375,7 +375,9 @@ def test_results_left_on_the_device_are_those_that_are_fetched(subject: Subject)
         wanted = subject.runtime.run(documents, alignment=alignment)
         found = subject.runtime.run(documents, alignment=alignment, on_device=True)
         for row in range(len(documents)):
-            memory, logits = np.from_dlpack(found[row].memory), np.from_dlpack(found[row].logits)
+            memory, logits = (
+                torch.from_dlpack(array).cpu().numpy() for array in (found[row].memory, found[row].logits)
+            )
             check_parity([(memory[0], logits[0])], [(wanted[row].memory, wanted[row].logits)], f"row {row}")
             assert (found[row].segments, found[row].tokens) == (wanted[row].segments, wanted[row].tokens)
             assert found[row].label is None

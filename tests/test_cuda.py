@@ -6,8 +6,10 @@ fails where there is no GPU; without it these tests are skipped.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,11 @@ import torch
 from gpu import WIDE, cuda_bundle, open_cuda, require_gpu, wide_bundle
 from models import M, S, made
 
-from rmt_trt import EngineError, RMTRuntime
+from rmt_trt import EngineError, RMTRuntime, TokenError
 from rmt_trt.bundle import Bundle
+from rmt_trt.export import model_from_bundle
 from rmt_trt.export.verify import TOLERANCES, random_document, relative_error
+from rmt_trt.model.recurrence import recurrence
 from rmt_trt.runtime.engines.cuda import CudaEngine
 
 pytestmark = pytest.mark.gpu
@@ -47,21 +51,38 @@ def documents(runtime: RMTRuntime, lengths: tuple[int, ...] = LENGTHS) -> list[n
     return [random_document(runtime.spec, length, seed) for seed, length in enumerate(lengths)]
 
 
+def half_drift(bundle: Path, tokens: np.ndarray, dtype: str) -> float:
+    """The largest error of memory and logits that PyTorch itself makes with this model in half precision."""
+    model = model_from_bundle(Bundle(bundle))
+    half = copy.deepcopy(model).to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]).to("cuda")
+    worst = 0.0
+    memory = half.memory.detach().float()[None]
+    with torch.no_grad():
+        for start, (wanted_memory, wanted) in zip(
+            range(0, len(tokens), S), recurrence(model, tokens.tolist(), "left"), strict=True
+        ):
+            memory, logits = half(memory, torch.from_numpy(tokens[start : start + S])[None].to("cuda"))
+            worst = max(worst, relative_error(memory[0].cpu().numpy(), wanted_memory.numpy()))
+            worst = max(worst, relative_error(logits[0].float().cpu().numpy(), wanted.numpy()))
+    return worst
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", WIDE)
 def test_every_backbone_follows_the_fp32_graph_on_the_cpu(name: str, dtype: str) -> None:
+    """As closely as PyTorch in the same dtype: the weights are scaled up, which lets rounding errors grow."""
     bundle = wide_bundle(name, dtype)
     assert Bundle(bundle).graph("cuda", dtype, "none", "full") is not None
     with RMTRuntime(bundle, engine="cpu", threads=4) as cpu, open_cuda(bundle, dtype) as gpu:
         assert (gpu.engine, gpu.dtype) == ("cuda", dtype)
         for length in (1, S, 19 * S + 3):
             tokens = random_document(gpu.spec, length, 5)
-            for wanted, found in zip(cpu.stream(tokens, memory=True), gpu.stream(tokens, memory=True), strict=True):
-                assert wanted.memory is not None and wanted.logits is not None and found.logits is not None
-                assert relative_error(found.memory, wanted.memory) <= TOLERANCES[dtype]
-                assert relative_error(found.logits, wanted.logits) <= TOLERANCES[dtype]
-            whole = gpu.run(tokens)
-            assert relative_error(whole.memory, wanted.memory) <= TOLERANCES[dtype]
+            limit = 1e-4 if dtype == "fp32" else max(TOLERANCES[dtype], 2 * half_drift(bundle, tokens, dtype))
+            pieces = (runtime.stream(tokens, memory=True, alignment="left") for runtime in (cpu, gpu))
+            for wanted, found in zip(*pieces, strict=True):
+                assert relative_error(found.memory, wanted.memory) <= limit
+                assert relative_error(found.logits, wanted.logits) <= limit
+            assert relative_error(gpu.run(tokens, alignment="left").memory, wanted.memory) <= limit
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9])
@@ -93,7 +114,8 @@ def test_rows_of_padding_give_their_states_back(runtime: RMTRuntime) -> None:
     assert np.array_equal(found[0], values[0])
     assert np.array_equal(found[2], values[2])
     assert not np.array_equal(found[1], values[1])
-    assert answer is not None and answer.rows.shape == (3, runtime.spec.num_logits)
+    assert answer is not None
+    assert answer.rows.shape == (3, runtime.spec.num_logits)
 
 
 def test_states_are_values_that_later_steps_leave_alone(runtime: RMTRuntime) -> None:
@@ -143,7 +165,8 @@ def test_log_likelihoods_are_computed_on_the_device() -> None:
     with RMTRuntime(bundle, engine="cpu", threads=1) as cpu, open_cuda(bundle, "fp32") as gpu:
         batch = documents(gpu)
         for wanted, found in zip(cpu.run(batch, logits="loglik"), gpu.run(batch, logits="loglik"), strict=True):
-            assert wanted.loglik is not None and found.loglik is not None
+            assert wanted.loglik is not None
+            assert found.loglik is not None
             np.testing.assert_allclose(found.loglik, wanted.loglik, rtol=1e-3, atol=1e-4)
 
 
@@ -155,7 +178,7 @@ def test_tokens_on_the_device_are_read_through_dlpack(runtime: RMTRuntime, dtype
     assert np.array_equal(runtime.run(on_device).memory, wanted.memory)
     batch = torch.stack([on_device, on_device])
     assert np.array_equal(runtime.run(batch)[1].logits, runtime.run(np.stack([tokens, tokens]))[1].logits)
-    with pytest.raises(EngineError, match="contiguous"):
+    with pytest.raises(TokenError, match=r"strides \(2,\).*contiguous"):
         runtime.run(torch.stack([on_device, on_device], dim=1)[:, 0])
 
 
@@ -163,10 +186,10 @@ def test_answers_stay_on_the_device_as_dlpack(runtime: RMTRuntime) -> None:
     tokens = random_document(runtime.spec, 3 * S + 7, 4)
     wanted, found = runtime.run(tokens), runtime.run(tokens, on_device=True)
     memory, logits = torch.from_dlpack(found.memory), torch.from_dlpack(found.logits)
-    assert memory.is_cuda and logits.is_cuda
+    assert (memory.is_cuda, logits.is_cuda) == (True, True)
     runtime.run(tokens[:S])  # what comes later does not change them
-    assert np.array_equal(memory.cpu().numpy(), wanted.memory)
-    assert np.array_equal(logits.cpu().numpy(), wanted.logits)
+    assert np.array_equal(memory[0].cpu().numpy(), wanted.memory)
+    assert np.array_equal(logits[0].cpu().numpy(), wanted.logits)
 
 
 def test_device_memory_does_not_grow_with_the_length(runtime: RMTRuntime) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NAME = "cuda"
 PROVIDER = "CUDAExecutionProvider"
 DTYPES = ("fp16", "bf16", "fp32")  # what dtype=None takes, first where a bundle has several
-ERRORS_ONLY = 3
+WARNINGS, ERRORS_ONLY = 2, 3  # ONNX Runtime's log severities; it starts with the first
 Key = tuple[str, Head]  # role, head
 # The heads whose graph has what a head asks for, the least work first.
 SERVED_BY: dict[Head, tuple[Head, ...]] = {
@@ -303,13 +303,16 @@ def open_session(path: Path, gpu: cuda.Gpu) -> Any:
         "enable_cuda_graph": "1",
         "use_tf32": "0",  # fp32 means fp32
     }
+    ort.set_default_logger_severity(ERRORS_ONLY)  # it warns of a plugin of the same name that nobody asked for
     try:
-        session = ort.InferenceSession(str(path), options, providers=[(PROVIDER, provider)])
+        session = ort.InferenceSession(str(path), options, providers=[(PROVIDER, provider)], enable_fallback=0)
     except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot run {path} on device {gpu.index}: {one_line(err)}. Do CUDA, cuDNN and "
             f"the driver fit this build of onnxruntime-gpu? See https://onnxruntime.ai/docs/install"
         ) from err
+    finally:
+        ort.set_default_logger_severity(WARNINGS)
     if PROVIDER not in session.get_providers():
         raise EngineError(
             f"ONNX Runtime {ort.__version__} did not start its CUDA provider on device {gpu.index}: CUDA or cuDNN was not "
