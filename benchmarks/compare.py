@@ -97,18 +97,14 @@ def _ort_candidates(prepared: Prepared, plan: Plan, segments: Segments, work: Pa
 
     def opened(opset: int, graph: bool, batch: int) -> Loop:
         memory, rows = _on_device(prepared, plan, segments.by_batch[batch])
-        made = session(opset, graph)
-        if not plan.gpu:
-            return ort_peer.host_loop(made, memory.numpy(), rows.numpy())
-        return ort_peer.captured_loop(made, memory, rows) if graph else ort_peer.bound_loop(made, memory, rows)
+        loop = ort_peer.captured_loop if graph else ort_peer.bound_loop
+        return loop(session(opset, graph), memory, rows)
 
     def opened_step(batch: int) -> Loop:
         """The bundle's own step.onnx, in fp32, with its mask and head."""
         import torch
 
         memory, rows = _on_device(prepared, plan, segments.by_batch[batch], "fp32")
-        if not plan.gpu:
-            return ort_peer.host_loop(step_session(), memory.numpy(), rows.numpy())
         config = prepared.model.config
         middle = () if config.form == "encoder" else (config.segment_length,)
         logits = torch.empty((batch, *middle, config.num_logits), device=plan.place)

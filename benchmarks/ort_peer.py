@@ -15,11 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rmt_trt.benchmarks.lean import DTYPES, LeanStep
-from rmt_trt.benchmarks.peers import Loop
+from rmt_trt.benchmarks.peers import Loop, wait
 from rmt_trt.errors import EngineError, require
 from rmt_trt.model.step import RMTModel
 
@@ -80,27 +79,29 @@ def session(path: Path, device: int | None, threads: int | None, dtype: str, gra
 
 
 def bound_loop(made: Any, memory: torch.Tensor, segments: torch.Tensor, logits: torch.Tensor | None = None) -> Loop:
-    """The loop of `peers`, on a GPU. logits: where a graph that has a head writes it."""
+    """The loop of `peers`. logits: where a graph that has a head writes it."""
     ort = require("onnxruntime", "cpu", "the ONNX Runtime peer")
     buffers = (memory.clone(), torch.empty_like(memory))
     quiet = ort.RunOptions()
     quiet.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    bindings = [made.io_binding() for _ in range(2)]
-    for turn, binding in enumerate(bindings):
-        bind(binding.bind_input, "memory", buffers[turn])
-        bind(binding.bind_output, "new_memory", buffers[1 - turn])
+    turns: list[tuple[Any, list[torch.Tensor]]] = []  # a binding keeps no tensor alive: the loop does
+    for read, written in (buffers, buffers[::-1]):
+        binding = made.io_binding()
+        bind(binding.bind_input, "memory", read)
+        bind(binding.bind_output, "new_memory", written)
         if logits is not None:
             bind(binding.bind_output, "logits", logits)
+        turns.append((binding, [read, written, *([] if logits is None else [logits])]))
     rows = list(segments.unbind())
 
     def loop(count: int) -> torch.Tensor:
         buffers[0].copy_(memory)
-        torch.cuda.synchronize()
+        wait(memory)
         for number, segment in enumerate(rows[:count]):
-            binding = bindings[number % 2]
+            binding, _ = turns[number % 2]
             bind(binding.bind_input, "segment", segment)
             made.run_with_iobinding(binding, quiet)
-        torch.cuda.synchronize()
+        wait(memory)
         return buffers[count % 2]
 
     return loop
@@ -148,15 +149,3 @@ def bind(method: Callable[..., None], name: str, tensor: torch.Tensor) -> None:
     """Binds a device tensor, where it lies, as an input or output of a session."""
     device = tensor.device
     method(name, device.type, device.index or 0, ONNX_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
-
-
-def host_loop(made: Any, memory: np.ndarray, segments: np.ndarray) -> Loop:
-    """The loop of `peers`, on the CPU."""
-
-    def loop(count: int) -> torch.Tensor:
-        current = memory
-        for segment in segments[:count]:
-            (current,) = made.run(["new_memory"], {"memory": current, "segment": segment})
-        return torch.from_numpy(current)
-
-    return loop

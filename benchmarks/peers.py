@@ -6,6 +6,7 @@ from the first memory, waits for the device and gives the memory. All segments l
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,7 @@ def graph(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
 
 def compiled(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
     """torch.compile(mode="max-autotune"), with the CUDA graphs that it makes itself."""
-    torch._dynamo.reset()
-    fast = torch.compile(step, mode="max-autotune", dynamic=False)
+    fast = _compile(step, "max-autotune")
 
     def call(current: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -48,9 +48,7 @@ def compiled(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Lo
 
 def compiled_graph(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
     """torch.compile(mode="max-autotune-no-cudagraphs") captured by hand, as `graph`."""
-    torch._dynamo.reset()
-    fast = torch.compile(step, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return _captured(fast, memory, segments)
+    return _captured(_compile(step, "max-autotune-no-cudagraphs"), memory, segments)
 
 
 # Name in the report, of each variant of a peer; with --quick the first alone.
@@ -59,6 +57,14 @@ TORCH_PEERS: dict[str, dict[str, Callable[[LeanStep, torch.Tensor, torch.Tensor]
     "graph": {"PyTorch CUDA graph": graph},
     "compile": {"torch.compile + CUDA graph": compiled_graph, "torch.compile max-autotune": compiled},
 }
+
+
+def _compile(step: LeanStep, mode: str) -> Any:
+    """Compiled anew: what was compiled for another batch size would make this one's sizes variable."""
+    torch._dynamo.reset()
+    algorithms: Any = importlib.import_module("torch._inductor.select_algorithm")
+    algorithms.PRINT_AUTOTUNE = False  # a table per matrix product
+    return torch.compile(step, mode=mode, dynamic=False)
 
 
 def _loop(call: Callable[[Any, Any], torch.Tensor], memory: torch.Tensor, segments: torch.Tensor) -> Loop:

@@ -80,7 +80,7 @@ class Plan:
     @property
     def effort(self) -> Effort:
         """How often a measurement is repeated."""
-        return Effort(min(self.repeat, 7), 1.5) if self.quick else Effort(self.repeat, 3.0)
+        return Effort(min(self.repeat, 7), 1.0) if self.quick else Effort(self.repeat, 2.0)
 
     def steps_at(self, batch: int) -> int:
         """Full segments in a run that compares engines at a batch size."""

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from rmt_trt.benchmarks import compare, peers, plan
+from rmt_trt.benchmarks import compare, ort_peer, peers, plan
 from rmt_trt.benchmarks.bench import Extra, run_benchmark
 from rmt_trt.benchmarks.endurance import powers_of_two
 from rmt_trt.benchmarks.fits import crossing, fit, interpolate
@@ -176,6 +176,18 @@ def test_the_lean_step_gives_the_memory_of_the_models_own_step(name):
     assert relative_error(found.numpy(), exact_memory(model, segments, "cpu")) < 1e-5
 
 
+@pytest.mark.parametrize(("name", "steps"), [("bert", 4), ("bert", 5), ("gpt2", 5), ("qwen2", 5)])
+def test_the_plain_export_in_onnx_runtime_gives_that_memory_too(name, steps, tmp_path):
+    model = make_model(name)
+    size = model.config.segment_length
+    segments = documents(model.config.spec(), 3, 5 * size).reshape(3, 5, size).transpose(1, 0, 2).copy()
+    memory = model.memory.detach()[None].expand(3, -1, -1).contiguous()
+    made_session = ort_peer.session(ort_peer.export_lean(model, "fp32", 20, tmp_path, name), None, 1, "fp32")
+    found = ort_peer.bound_loop(made_session, memory, torch.from_numpy(segments))
+    for _ in range(2):  # each run begins anew
+        assert relative_error(found(steps).numpy(), exact_memory(model, segments[:steps], "cpu")) < 1e-5
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
 def test_full_attention_is_the_backbones_own_and_reaches_beyond_its_table(name):
@@ -223,9 +235,10 @@ def test_a_preset_is_the_model_that_it_is_named_for(name, millions):
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_a_run_reports_ours_and_each_peer_at_each_size(name, tmp_path):
-    found = run(name, plan_with("eager", "ort"), tmp_path)
+    found = run(name, Plan(**{**vars(plan_with("eager", "ort")), "quick": False}), tmp_path)
     steps = {(row.name, row.batch) for row in found.of("step")}
-    assert steps == {(peer, b) for peer in ("rmt-trt", "PyTorch eager", "ONNX Runtime, opset 20") for b in (1, 2)}
+    both = ("rmt-trt", "PyTorch eager", "ONNX Runtime, opset 20", "ONNX Runtime, opset 23")
+    assert steps == {(peer, b) for peer in both for b in (1, 2)} | {("ONNX Runtime, step.onnx in fp32", 1)}
     assert [row.tokens for row in found.of("length")] == [30, 90]
     assert [row.name for row in found.of("latency")] == ["one segment more", "1,000 tokens more"]
     assert all(not row.failed for row in found.rows), [row.failed for row in found.rows]
@@ -284,11 +297,12 @@ def test_results_are_on_disk_after_each_measurement(tmp_path):
         assert (len(written["rows"]), written["rows"][0]["values"]) == (count, {"bytes_per_second": None})
 
 
-def test_many_drift_and_growth_are_reported(tmp_path):
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_many_drift_and_growth_are_reported(name, tmp_path):
     extra = {
         "compare": False, "many": ManyOptions(6, 1, 4, 2), "drift": 8, "drift_dtypes": ("fp32", "bf16"), "growth": 900,
     }  # fmt: skip
-    found = run("bert", NO_PEERS, tmp_path, **extra)
+    found = run(name, NO_PEERS, tmp_path, **extra)
     assert [row.name for row in found.of("many")] == ["full batches", "list", "iterator"]
     segments = int(lengths(extra["many"]).sum())
     for row in found.of("many")[1:]:
