@@ -10,8 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import rmt_trt
+from rmt_trt.errors import EngineError
 
 LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "cuda-core", "onnx", "triton", "numpy")
+
+
+def require_device(device: int) -> None:
+    """Errors: EngineError, when PyTorch, in which the peers and meters are written, sees no such GPU."""
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device >= found:
+        raise EngineError(
+            f"rmt-bench is asked for GPU {device}, and PyTorch {torch.__version__} sees {found} here. Measure on the CPU with "
+            f"--engine cpu, or install a PyTorch that is built for this GPU"
+        )
 
 
 def describe(device: int | None) -> dict[str, Any]:

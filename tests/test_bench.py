@@ -29,7 +29,7 @@ from rmt_trt.benchmarks.report import markdown, sections
 from rmt_trt.benchmarks.rows import Results, Row
 from rmt_trt.benchmarks.timing import Effort, Timing, measure, measure_in_turn
 from rmt_trt.commands.bench import app
-from rmt_trt.errors import ContractError, FormatError
+from rmt_trt.errors import ContractError, EngineError, FormatError
 from rmt_trt.export.verify import relative_error
 from rmt_trt.model.backbone import build_backbone, position_capacity
 
@@ -378,6 +378,14 @@ def test_bad_options_give_one_clear_error(arguments, message, tmp_path):
     done = CliRunner().invoke(app, [*arguments, *where])
     assert isinstance(done.exception, ContractError), done.exception
     assert message in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_without_the_gpu_is_told_so_before_anything_is_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(app, ["--preset", "bert-base", "--work", str(tmp_path / "work")])
+    assert isinstance(done.exception, EngineError)
+    assert "sees 0 here. Measure on the CPU with --engine cpu" in str(done.exception)
     assert list(tmp_path.iterdir()) == []
 
 

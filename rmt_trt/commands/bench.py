@@ -72,6 +72,7 @@ def bench(
     for module in ("torch", "transformers", "onnx", "onnxruntime"):
         require(module, "bench", "rmt-bench")
     from rmt_trt.benchmarks.bench import Extra, run_benchmark
+    from rmt_trt.benchmarks.machine import require_device
     from rmt_trt.benchmarks.many import ManyOptions
     from rmt_trt.benchmarks.plan import Plan
     from rmt_trt.benchmarks.presets import prepare
@@ -85,6 +86,8 @@ def bench(
         peers=names(peers if peers is not None else (GPU_PEERS if gpu else CPU_PEERS)),
         steps=steps, quick=quick, full_seconds=full_seconds or (3.0 if quick else 30.0),
     )  # fmt: skip
+    if gpu:
+        require_device(device)
     bounds = whole_numbers("--many-segments", many_segments)
     if len(bounds) != 2:
         raise ContractError(f"--many-segments is {many_segments!r}; expected two whole numbers, such as 10,1000")
