@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -14,12 +14,12 @@ from rmt_trt.bundle import MANIFEST, Bundle
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
 from rmt_trt.commands.reference import bundle_model
 from rmt_trt.commands.report import added_line, drift_table, record_lines
-from rmt_trt.contract import ALIGNMENTS
+from rmt_trt.contract import ALIGNMENTS, Alignment
 from rmt_trt.errors import ContractError, FormatError, VerificationError, require
 from rmt_trt.files import check_target
 
 if TYPE_CHECKING:
-    from rmt_trt.export import EngineOptions, ExportOptions
+    from rmt_trt.export import EngineOptions, ExportOptions, Report
     from rmt_trt.model.checkpoint import LoadedModel, LoadOptions
     from rmt_trt.model.step import RMTModel
 
@@ -31,6 +31,7 @@ LABELS = {
 }  # fmt: skip
 ENGINES = ("cpu", "cuda")
 Show = Callable[[str, int, int], None]
+Result = TypeVar("Result")
 
 
 @app.command()
@@ -112,7 +113,7 @@ def export(
         step = bundle_model(Bundle(model), checkpoint) if checkpoint or Bundle(model).manifest.model else None
     else:
         flags = LoadOptions(
-            config=config, input_size=input_size, segment_size=segment_size, alignment=alignment,
+            config=config, input_size=input_size, segment_size=segment_size, alignment=cast("Alignment | None", alignment),
             tokenizer=tokenizer, lora_alpha=lora_alpha, drop_ids=whole_numbers(drop_ids), max_segments=max_segments,
             labels=None if labels is None else tuple(labels.split(",")),
         )  # fmt: skip
@@ -171,7 +172,7 @@ def _export(
 
     started = time.perf_counter()
 
-    def work(show: Show) -> tuple[LoadedModel, Any]:
+    def work(show: Show) -> tuple[LoadedModel, Report]:
         show("load", 0, 1)
         loaded = load_model(model, flags)
         show("load", 1, 1)
@@ -205,7 +206,7 @@ def _add(target: Path, engine: str, dtype: str, step: RMTModel | None, options: 
         screen.print(f"  where the engine runs: rmt-verify {target} --engine {engine} --dtype {dtype} --record")
 
 
-def _with_progress(screen: Console, work: Callable[[Show], Any]) -> Any:
+def _with_progress(screen: Console, work: Callable[[Show], Result]) -> Result:
     """Runs `work` with a bar per stage; a verification that fails is shown before its error goes on."""
     with stage_progress(screen) as bars:
         tasks: dict[str, Any] = {}
