@@ -51,7 +51,9 @@ def many(runtime: RMTRuntime, options: ManyOptions, results: Results, say: Calla
     per_batch = int(np.median(counts))
     equal = [pool[i * size : (i + per_batch) * size] for i in range(options.slots)]
 
-    runtime.run([text[: 4 * size] for text in equal], alignment="left")  # warm-up
+    runtime.run([text[: 4 * size] for text in equal], alignment="left")  # warm-up, and then of every number of slots
+    for _ in runtime.run_many([equal[0][: (3 + i) * size] for i in range(options.slots)], slots=options.slots):
+        pass
     say(f"{FULL_BATCHES}: {options.slots} documents of {per_batch} segments")
     timing = Timing.of([_seconds(lambda: runtime.run(equal, alignment="left")) for _ in range(3)])
     results.add(Row("many", FULL_BATCHES, options.slots, per_batch * size, per_batch, timing))

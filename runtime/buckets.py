@@ -69,18 +69,16 @@ def state_bytes(spec: StepSpec) -> list[int]:
 
 
 def new_bucket(gpu: Gpu, spec: StepSpec, size: int) -> Bucket:
-    a, b = (tuple(gpu.allocate(size * nbytes) for nbytes in state_bytes(spec)) for _ in "AB")
+    a, b = (tuple(gpu.zeros(size * nbytes) for nbytes in state_bytes(spec)) for _ in "AB")
     nbytes = size * spec.segment_length * TOKEN_BYTES
     staged = max(2, min(STAGED, STAGED_BYTES // nbytes) // 2 * 2)  # even, so that every block begins on side A
-    return Bucket(
-        size, (a, b), gpu.allocate(nbytes), (_stage(gpu, spec, size, staged), _stage(gpu, spec, size, staged))
-    )
+    return Bucket(size, (a, b), gpu.zeros(nbytes), (_stage(gpu, spec, size, staged), _stage(gpu, spec, size, staged)))
 
 
 def _stage(gpu: Gpu, spec: StepSpec, size: int, staged: int) -> Stage:
     pinned, host = gpu.pinned((staged, size, spec.segment_length), np.int64)
     host[...] = 0
-    device = gpu.allocate(host.nbytes)
+    device = gpu.zeros(host.nbytes)
     each = host.nbytes // staged
     places = [gpu.part(device, number * each, each) for number in range(staged)]
     stage = Stage(pinned, host, device, places, gpu.event(), gpu.event())

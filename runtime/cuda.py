@@ -88,6 +88,7 @@ class Gpu:
         self.stream = self.device.create_stream()
         self.copies = self.device.create_stream()
         self._pinned = self._core.LegacyPinnedMemoryResource()
+        self._scratch: tuple[Any, np.ndarray] = self.pinned((1 << 16,), np.uint8)
 
     def use(self) -> None:
         """Makes the device current in this thread, as every thread must."""
@@ -97,12 +98,18 @@ class Gpu:
         return self.device.create_event()
 
     def allocate(self, nbytes: int) -> Any:
-        """A buffer of device memory, zeroed, aligned to 256 bytes; it is freed behind the work on `stream` that uses it."""
+        """A buffer of device memory aligned to 256 bytes, its values undefined; it is freed behind the work on `stream`
+        that uses it."""
         buffer = self.device.memory_resource.allocate(nbytes, stream=self.stream)
         if int(buffer.handle) % ALIGNMENT:
             raise EngineError(
                 f"device {self.index} gave memory at {int(buffer.handle):#x}, not aligned to {ALIGNMENT} bytes"
             )
+        return buffer
+
+    def zeros(self, nbytes: int) -> Any:
+        """The same, filled with zeros."""
+        buffer = self.allocate(nbytes)
         buffer.fill(0, stream=self.stream)
         return buffer
 
@@ -111,6 +118,35 @@ class Gpu:
         dtype = np.dtype(dtype)
         buffer = self._pinned.allocate(math.prod(shape) * dtype.itemsize)
         return buffer, np.from_dlpack(buffer).view(dtype).reshape(shape)
+
+    def to_device(self, values: list[np.ndarray]) -> list[Any]:
+        """Each array in a buffer of its own; waits until it is there."""
+        made = [self.allocate(value.nbytes) for value in values]
+        for value, buffer, (start, view) in zip(values, made, self._places(values), strict=True):
+            view[...] = value.reshape(-1).view(np.uint8)
+            self.copy(self._scratch[0], buffer, value.nbytes, start)
+        self.stream.sync()
+        return made
+
+    def to_host(self, wanted: list[tuple[Any, tuple[int, ...], Any]]) -> list[np.ndarray]:
+        """Host arrays of (buffer, shape, dtype), which the caller owns; one wait for all."""
+        found = [np.empty(shape, dtype) for _, shape, dtype in wanted]
+        places = self._places(found)
+        for (buffer, _, _), value, (start, _) in zip(wanted, found, places, strict=True):
+            self.copy(buffer, self._scratch[0], value.nbytes, 0, start)
+        self.stream.sync()
+        for value, (_, view) in zip(found, places, strict=True):
+            value.reshape(-1).view(np.uint8)[...] = view
+        return found
+
+    def _places(self, arrays: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
+        """(start, bytes) of each array in the scratch memory, which is page-locked and kept: to lock pages takes longer
+        than to copy them."""
+        sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
+        if sum(sizes) > len(self._scratch[1]):
+            self._scratch = self.pinned((1 << (sum(sizes) - 1).bit_length(),), np.uint8)
+        starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        return [(start, self._scratch[1][start : start + a.nbytes]) for start, a in zip(starts, arrays, strict=True)]
 
     def part(self, buffer: Any, start: int, nbytes: int) -> Any:
         """Some bytes of a buffer, which stays alive with them."""
@@ -133,6 +169,7 @@ class Gpu:
     def close(self) -> None:
         self.stream.sync()
         self.copies.sync()
+        del self._scratch
         self.stream.close()
         self.copies.close()
 

@@ -21,6 +21,9 @@ from rmt_trt.runtime.reading import Reading
 from rmt_trt.runtime.track import Arrays, Track, fetch_finite, lay_out
 
 BLOCK = 64  # segments of a block at the most
+FIRST_BLOCK = (
+    2  # of the first one; each takes twice as many, so that the engine need not wait for the whole first block
+)
 BLOCK_BYTES = 4 << 20  # of a block's tokens, unless one segment of every slot takes more
 
 
@@ -59,6 +62,7 @@ class Slots:
         self._full: deque[Lane] = deque()  # with a full segment next, whose logits are wanted
         self._short: deque[Lane] = deque()  # with a short segment next
         self._exhausted = False
+        self._next_block = FIRST_BLOCK
 
     @property
     def idle_share(self) -> float:
@@ -142,7 +146,8 @@ class Slots:
     def _block(self) -> list[Lane]:
         """Steps the slots through plain segments, up to the next one of another kind in any of them."""
         lanes = self._active
-        largest = max(1, min(BLOCK, BLOCK_BYTES // (8 * len(lanes) * self._spec.segment_length)))
+        largest = max(1, min(self._next_block, BLOCK_BYTES // (8 * len(lanes) * self._spec.segment_length)))
+        self._next_block = min(BLOCK, 2 * self._next_block)
         most = min([largest, *(lane.plain for lane in lanes if lane.known)])
         for lane in lanes:
             lane.fill(most)

@@ -310,7 +310,14 @@ def start(name: str, *arguments: object, first: str = "", **options: Any) -> sub
     """A command in a process of its own; `first` is run before it."""
     code = f"{first}; from rmt_trt.commands.{name.removeprefix('rmt-')} import main; main()".removeprefix("; ")
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=_hear_interrupts, **options
+    )
+
+
+def _hear_interrupts() -> None:
+    """What a shell starts in the background ignores interrupts, and hands that down to the processes of its tests."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_an_interrupted_rmt_run_saves_its_state_and_says_how_to_go_on(place: Path) -> None:

@@ -9,6 +9,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from gpu import cuda_bundle, open_cuda, require_gpu
 from models import CLASSES, TOLERANCE, VOCAB, M, Made, S, check_parity, made, reference, steps_of
+from stand_in import host_gpu
 from wrapped import Wrapped
 
 from rmt_trt import EngineError, RMTRuntime
@@ -30,6 +32,7 @@ ENGINES: dict[str, Callable[..., RMTRuntime]] = {
     "cpu": lambda this, **more: RMTRuntime(this.bundle, engine="cpu", threads=1, **more),
     "cpu-graph-alone": lambda this, **more: RMTRuntime(this.bundle / "step.onnx", engine="cpu", threads=1, **more),
     "torch": lambda this, **more: RMTRuntime(this.checkpoint, engine="torch", threads=1, **more),
+    "cuda-on-host-memory": lambda this, **more: open_cuda(cuda_bundle(this.name), "fp32", **more),
     "cuda": lambda this, **more: open_cuda(cuda_bundle(this.name), "fp32", **more),
 }
 MODELS = ("bert", "gpt2")
@@ -63,11 +66,17 @@ class Subject:
         return [self.made.document(length, seed=row) for row, length in enumerate(LENGTHS)]
 
 
+def machine(name: str) -> AbstractContextManager[None]:
+    """What a subject runs on: the machine as it is, or a GPU made of host memory."""
+    return host_gpu() if name.endswith("on-host-memory") else nullcontext()
+
+
 @pytest.fixture
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    opened = Subject(request.param)
-    with opened.runtime:
-        yield opened
+    with machine(request.param):
+        opened = Subject(request.param)
+        with opened.runtime:
+            yield opened
 
 
 every_engine = pytest.mark.parametrize("subject", EVERY, indirect=True)
@@ -93,7 +102,7 @@ def same_state(found: Any, wanted: Any) -> None:
 
 @every_engine
 def test_the_engine_that_was_asked_for_runs(subject: Subject) -> None:
-    assert subject.runtime.engine == subject.engine.removesuffix("-graph-alone")
+    assert subject.runtime.engine == subject.engine.removesuffix("-graph-alone").removesuffix("-on-host-memory")
     assert subject.runtime.dtype == "fp32"
     assert subject.runtime.spec == subject.made.spec
 
@@ -206,13 +215,14 @@ def test_each_document_of_a_batch_is_as_if_alone(subject: Subject, alignment: st
 @pytest.mark.parametrize("max_batch", [1, 2, 4])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_batch_above_max_batch_runs_in_groups(name: str, max_batch: int) -> None:
-    narrow, wide = Subject(name, max_batch=max_batch), Subject(name)
-    with narrow.runtime, wide.runtime:
-        found, wanted = narrow.runtime.run(narrow.batch()), wide.runtime.run(wide.batch())
-        check_parity([(found.memory, found.logits)], [(wanted.memory, wanted.logits)])
-        assert found.segments == wanted.segments
-        with pytest.raises(ContractError, match=rf"stream got 5 documents; .* max_batch={max_batch}"):
-            narrow.runtime.stream(narrow.batch())
+    with machine(name):
+        narrow, wide = Subject(name, max_batch=max_batch), Subject(name)
+        with narrow.runtime, wide.runtime:
+            found, wanted = narrow.runtime.run(narrow.batch()), wide.runtime.run(wide.batch())
+            check_parity([(found.memory, found.logits)], [(wanted.memory, wanted.logits)])
+            assert found.segments == wanted.segments
+            with pytest.raises(ContractError, match=rf"stream got 5 documents; .* max_batch={max_batch}"):
+                narrow.runtime.stream(narrow.batch())
 
 
 @every_engine
@@ -531,12 +541,13 @@ def test_closing_in_another_thread_ends_a_run_at_its_next_step(subject: Subject)
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_runtime_is_a_context_manager_that_closes(name: str) -> None:
-    opened = Subject(name).runtime
-    with opened as inside:
-        assert inside is opened
-        inside.run([5, 6])
-    with pytest.raises(EngineError, match="is closed"):
-        opened.run([5, 6])
+    with machine(name):
+        opened = Subject(name).runtime
+        with opened as inside:
+            assert inside is opened
+            inside.run([5, 6])
+        with pytest.raises(EngineError, match="is closed"):
+            opened.run([5, 6])
 
 
 class Overflowing(Wrapped):

@@ -17,7 +17,7 @@ import numpy as np
 
 from rmt_trt.bundle import Bundle
 from rmt_trt.contract import LOGITS, PAD, SEGMENT, Answer, Head
-from rmt_trt.errors import ContractError, EngineError, require
+from rmt_trt.errors import EngineError, require
 from rmt_trt.runtime import cuda
 from rmt_trt.runtime.buckets import Bucket, Replay, States, advance, enter, leave, new_bucket, new_states, state_bytes
 from rmt_trt.runtime.cuda import one_line
@@ -113,20 +113,14 @@ class CudaEngine:
 
     def load(self, states: tuple[np.ndarray, ...]) -> States:
         self._gpu.use()
-        made = new_states(self._gpu, self._spec, len(states[0]))
-        for value, spec, buffer in zip(states, self._spec.states, made.buffers, strict=True):
-            value = np.ascontiguousarray(value, spec.dtype)
-            pinned, view = self._gpu.pinned(value.shape, value.dtype)
-            view[...] = value
-            pinned.copy_to(buffer, stream=self._gpu.stream)
-            self._gpu.stream.sync()  # the page-locked memory goes with this call
-        return made
+        values = [np.ascontiguousarray(v, spec.dtype) for v, spec in zip(states, self._spec.states, strict=True)]
+        return States(len(values[0]), tuple(self._gpu.to_device(values)))
 
     def fetch(self, states: States) -> tuple[np.ndarray, ...]:
         self._gpu.use()
-        shapes = [(states.batch, *state.shape) for state in self._spec.states]
-        dtypes = [state.dtype for state in self._spec.states]
-        return self._to_host(list(zip(states.buffers, shapes, dtypes, strict=True)))
+        shapes = [((states.batch, *state.shape), state.dtype) for state in self._spec.states]
+        pairs = zip(states.buffers, shapes, strict=True)
+        return tuple(self._gpu.to_host([(buffer, *shape) for buffer, shape in pairs]))
 
     def share(self, states: States) -> tuple[Any, ...]:
         self._gpu.use()
@@ -139,10 +133,9 @@ class CudaEngine:
         self._gpu.use()
         origin = [(part, row) for part in parts for row in range(part.batch)]
         made = new_states(self._gpu, self._spec, len(rows))
-        for place, first, count in _runs([int(row) for row in rows], origin):
-            part, row = origin[first]
+        for place, part, first, count in _runs([origin[row] for row in rows.tolist()]):
             for source, target, size in zip(part.buffers, made.buffers, state_bytes(self._spec), strict=True):
-                self._gpu.copy(source, target, count * size, row * size, place * size)
+                self._gpu.copy(source, target, count * size, first * size, place * size)
         return made
 
     def step(self, states: States, segment: np.ndarray, head: Head, host: bool = True) -> tuple[States, Answer | None]:
@@ -197,23 +190,13 @@ class CudaEngine:
             rows = self._gpu.allocate(math.prod(shape) // shape[0] * batch * 4)
             self._gpu.copy(buffer, rows, rows.size)
             return Answer(self._gpu.array(rows, (batch, *shape[1:]), np.float32))
-        wanted = [(buffer, shape, "float32")]
+        wanted: list[tuple[Any, tuple[int, ...], Any]] = [(buffer, shape, np.float32)]
         if LOGLIK in replay.outputs:
-            wanted.append((*replay.outputs[LOGLIK], "float32"))
-        rows, *scores = (value[:batch] for value in self._to_host(wanted))
+            wanted.append((*replay.outputs[LOGLIK], np.float32))
+        rows, *scores = (value[:batch] for value in self._gpu.to_host(wanted))
         if whole:
             return reduced(rows[:, :length], segment, head, self._spec.logits)
         return Answer(rows, _shifted(scores[0], segment) if scores else None)
-
-    def _to_host(self, wanted: list[tuple[Any, tuple[int, ...], str]]) -> tuple[np.ndarray, ...]:
-        """Copies to page-locked memory, one wait for all."""
-        pinned = []
-        for buffer, shape, dtype in wanted:
-            target, view = self._gpu.pinned(shape, dtype)
-            buffer.copy_to(target, stream=self._gpu.stream)
-            pinned.append((target, view))
-        self._gpu.stream.sync()
-        return tuple(view.copy() for _, view in pinned)
 
     def _key(self, role: str, head: Head) -> Key:
         """The graph that does it with the least: a bundle with plain graphs has ("step", "all") only."""
@@ -321,18 +304,16 @@ def open_session(path: Path, gpu: cuda.Gpu) -> Any:
     return session
 
 
-def _runs(rows: list[int], origin: list[tuple[Any, int]]) -> list[tuple[int, int, int]]:
-    """(place, first row, count) of rows that lie one behind another in one part, so that they are copied at once."""
-    runs: list[tuple[int, int, int]] = []
-    for place, row in enumerate(rows):
-        if not 0 <= row < len(origin):
-            raise ContractError(f"row {row} was asked for; the states have {len(origin)}")
+def _runs(rows: list[tuple[States, int]]) -> list[tuple[int, States, int, int]]:
+    """(place, part, first row, count) of rows that lie one behind another in one part, so that they are copied at once."""
+    runs: list[tuple[int, States, int, int]] = []
+    for place, (part, row) in enumerate(rows):
         if runs:
-            start, first, count = runs[-1]
-            if row == first + count and origin[row][0] is origin[first][0]:
-                runs[-1] = (start, first, count + 1)
+            start, last, first, count = runs[-1]
+            if part is last and row == first + count:
+                runs[-1] = (start, last, first, count + 1)
                 continue
-        runs.append((place, row, 1))
+        runs.append((place, part, row, 1))
     return runs
 
 
