@@ -45,10 +45,17 @@ def on_gpu(array: Any) -> bool:
 def to_host(array: Any) -> np.ndarray:
     """A host copy of an array of tokens that lies on a GPU and speaks DLPack, made by one transfer.
 
-    Errors: EngineError without cuda.core; TokenError for an array whose values do not lie one behind another.
+    Errors: TokenError where that GPU cannot be used from here, and for an array whose values do not lie one behind another.
     """
+    index = int(array.__dlpack_device__()[1])
+    reason = refusal(index)
+    if reason is not None:
+        raise TokenError(
+            f"tokens of type {type(array).__name__} lie on GPU {index}, and cannot be fetched from there: {reason}. Or move "
+            f"them to the host yourself"
+        )
     core = library()
-    gpu = core.Device(int(array.__dlpack_device__()[1]))
+    gpu = core.Device(index)
     gpu.set_current()
     stream = gpu.create_stream()
     from cuda.core.utils import StridedMemoryView

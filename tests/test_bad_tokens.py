@@ -37,7 +37,14 @@ class Unreadable:
         raise RuntimeError("device memory of another process")
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, 0)
+        return (10, 0)  # a ROCm device
+
+
+class OnNoGpu(Unreadable):
+    """Claims to lie on an NVIDIA GPU that no machine has."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 999)
 
 
 class Broken:
@@ -113,6 +120,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "ragged rows": ([[5, [6]], [7]], "document 0 of the batch: token 1 is [6], of type list"),
     "nested thrice": ([[[5, 6]]], "document 0 of the batch: token 0 is [5, 6], of type list"),
     "DLPack that fails": (Unreadable(), "type Unreadable cannot be read as a numpy array (device memory of another"),
+    "DLPack on a GPU that is not there": (OnNoGpu(), "tokens of type OnNoGpu lie on GPU 999, and cannot be fetched"),
     "DLPack that fails, in a batch": ([[5], Unreadable()], "type Unreadable cannot be read as a numpy array"),
     "DLPack that fails, in an iterator": (iter([Unreadable()]), "type Unreadable cannot be read as a numpy array"),
     "array protocol that fails": (Broken(), "type Broken cannot be read as a numpy array ('column'). Move them"),
