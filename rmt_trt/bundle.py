@@ -54,7 +54,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class GraphEntry:
-    """An ONNX graph: what it is for and the external data files (names inside the bundle) that it reads."""
+    """An ONNX graph: what it is for and the external data files (names inside the bundle) that it reads.
+
+    min_batch  documents from which on it is the one to take, where several graphs are for the same use
+    """
 
     file: str
     role: str = "step"
@@ -63,6 +66,7 @@ class GraphEntry:
     head: str = "all"
     opset: int = 0
     data: tuple[str, ...] = ()
+    min_batch: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.file, str) or not isinstance(self.data, (tuple, list)):
@@ -73,6 +77,14 @@ class GraphEntry:
             raise FormatError(f"graph {self.file!r}: data is {self.data!r}; expected names of files")
         if isinstance(self.opset, bool) or not isinstance(self.opset, int) or not 0 <= self.opset <= 1 << 16:
             raise FormatError(f"graph {self.file!r}: opset is {self.opset!r}; expected a whole number")
+        if (
+            isinstance(self.min_batch, bool)
+            or not isinstance(self.min_batch, int)
+            or not 1 <= self.min_batch <= 1 << 20
+        ):
+            raise FormatError(
+                f"graph {self.file!r}: min_batch is {self.min_batch!r}; expected a whole number from 1 on"
+            )
         object.__setattr__(self, "data", tuple(self.data))
         allowed = {"role": ROLES, "engine": ENGINES, "dtype": DTYPES, "head": HEADS}
         for name, values in allowed.items():

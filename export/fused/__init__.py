@@ -5,10 +5,8 @@ A graph is written per role and head; all of a dtype share one file of weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rmt_trt.bundle import GraphEntry
 from rmt_trt.contract import StepSpec
@@ -22,7 +20,9 @@ from rmt_trt.model.step import RMTModel
 
 __all__ = ["CannotFuse", "FusedGraphs", "fused_graphs"]
 
-ROLES = ("full", "step")
+# Roles, each with the number of documents from which on its graph is the one to take. From 8 full rows on a step takes
+# three products for query, key and value: see `blocks.separate_attention`.
+VARIANTS = [("full", 1), ("full", 8), ("step", 1)]
 HEADS = {"classifier": ("none", "all"), "lm": ("none", "last", "all", "loglik")}
 
 
@@ -36,7 +36,8 @@ class FusedGraphs:
 
 
 def fused_graphs(model: RMTModel, spec: StepSpec, dtype: str, folder: Path, grouped: bool | None = None) -> FusedGraphs:
-    """Writes `cuda-DTYPE-ROLE-HEAD.onnx` for every role and head, and `cuda-DTYPE.data`, into a folder.
+    """Writes `cuda-DTYPE-ROLE-HEAD.onnx` for every role and head, those for large batches with the smallest of these in
+    their name, and `cuda-DTYPE.data`, into a folder.
 
     The graphs take segments of exactly S places, padded with -1 in role "step". Inputs and outputs are those of the
     contract, states in float32.
@@ -52,35 +53,19 @@ def fused_graphs(model: RMTModel, spec: StepSpec, dtype: str, folder: Path, grou
     backbone = backbone_of(model)
     metadata = to_metadata(spec, {"memory": model.memory.detach().numpy()})
     weights = Weights(folder / f"cuda-{dtype}.data", dtype)
+    # Rotary attention takes query and key apart by itself, whatever the batch.
+    variants = [("full", 1), ("step", 1)] if backbone.rotary is not None else VARIANTS
+    written = []
     try:
-        written = [
-            _write(
-                model,
-                spec,
-                backbone,
-                weights,
-                role,
-                head,
-                folder,
-                metadata,
-                dtype != "fp32" if grouped is None else grouped,
-            )
-            for role in ROLES
-            for head in HEADS[spec.logits]
-        ]
+        for role, min_batch in variants:
+            for head in HEADS[spec.logits]:
+                graph = Graph(weights, dtype != "fp32" if grouped is None else grouped)
+                step = encoder_step if spec.form == "encoder" else decoder_step
+                step(graph, model.config, spec, backbone, role, head, separate=min_batch > 1)
+                name = f"cuda-{dtype}-{role}-{head}{f'-from-{min_batch}' if min_batch > 1 else ''}.onnx"
+                graph.save(folder / name, metadata)
+                entry = GraphEntry(name, role, "cuda", dtype, head, OPSET, (weights.path.name,), min_batch)
+                written.append((entry, dict(graph.fused)))
     finally:
         weights.close()
     return FusedGraphs(tuple(entry for entry, _ in written), written[0][1])
-
-
-def _write(
-    model: RMTModel, spec: StepSpec, backbone: Any, weights: Weights, role: str, head: str, folder: Path,
-    metadata: Mapping[str, str], grouped: bool,
-) -> tuple[GraphEntry, dict[str, int]]:  # fmt: skip
-    graph = Graph(weights, grouped)
-    step = encoder_step if spec.form == "encoder" else decoder_step
-    step(graph, model.config, spec, backbone, role, head)
-    name = f"cuda-{weights.dtype}-{role}-{head}.onnx"
-    graph.save(folder / name, metadata)
-    entry = GraphEntry(name, role, "cuda", weights.dtype, head, OPSET, (weights.path.name,))
-    return entry, dict(graph.fused)

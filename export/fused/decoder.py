@@ -33,14 +33,16 @@ class Layout:
         return self.text + 2 * self.memory
 
 
-def decoder_step(graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Backbone, role: str, head: str) -> None:
-    """Writes the whole step into `graph`."""
+def decoder_step(
+    graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Backbone, role: str, head: str, separate: bool
+) -> None:
+    """Writes the whole step into `graph`. separate: query, key and value by three products."""
     state = spec.states[0]
     memory = graph.input(state.input, ir.DataType.FLOAT, ("batch", *state.shape))
     segment = graph.input(SEGMENT, ir.DataType.INT64, ("batch", spec.segment_length))
     layout = Layout(config.num_memory, spec.segment_length, None if role == "full" else _count(graph, segment))
     rows = _rows(graph, backbone, layout, memory, segment)
-    value = _layers(graph, backbone, layout, rows, segment)
+    value = _layers(graph, backbone, layout, rows, segment, separate)
 
     written = graph.to_float(_span(graph, value, layout, layout.memory, layout.memory))
     if layout.count is not None:
@@ -50,7 +52,9 @@ def decoder_step(graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Ba
     _head(graph, spec, backbone, layout, value, segment, head)
 
 
-def _layers(graph: Graph, backbone: Backbone, layout: Layout, rows: ir.Value, segment: ir.Value) -> ir.Value:
+def _layers(
+    graph: Graph, backbone: Backbone, layout: Layout, rows: ir.Value, segment: ir.Value, separate: bool
+) -> ir.Value:
     """(batch, L, d) after the final norm. Every norm adds the residual that comes before it."""
     last = None
     if backbone.rotary is not None:
@@ -61,35 +65,30 @@ def _layers(graph: Graph, backbone: Backbone, layout: Layout, rows: ir.Value, se
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
         if last is None:
-            mixed = blocks.self_attention(graph, value, layer, backbone, name, None, causal=True)
+            attention = blocks.separate_attention if separate else blocks.packed_attention
+            mixed = attention(graph, value, layer, backbone, name, None, causal=True)
         else:
             mixed = blocks.rotary_attention(graph, value, layer, backbone, name, layout.length, last)
         mixed = blocks.product(graph, mixed, layer.out, name("out"))
-        following = number + 1 < len(backbone.layers)
-        after = backbone.layers[number + 1].norm1 if following else backbone.final_norm
-        after_name = f"layer{number + 1}.norm1" if following else "final_norm"
-        assert after is not None
+        bias = blocks.out_bias(layer, separate)
         if backbone.parallel:
-            inner = blocks.mlp(
-                graph, blocks.norm(graph, total, layer.norm2, name("norm2")), layer, backbone.activation, name
-            )
-            mixed, bias = graph.node("Add", mixed, inner), _bias(graph, name("both.bias"), layer.out, layer.down)
+            by_itself = blocks.norm(graph, total, layer.norm2, name("norm2"))
+            mixed = graph.node("Add", mixed, blocks.mlp(graph, by_itself, layer, backbone.activation, name))
+            biases = [part for part in (bias, layer.down.bias) if part is not None]
+            bias = sum(biases[1:], biases[0]) if biases else None
         else:
-            bias = _bias(graph, name("out.bias"), layer.out)
-            value, total = blocks.skip_norm(graph, mixed, total, bias, layer.norm2, name("norm2"), total=True)
-            mixed, bias = (
-                blocks.mlp(graph, value, layer, backbone.activation, name),
-                _bias(graph, name("down.bias"), layer.down),
-            )
-        value, *totals = blocks.skip_norm(graph, mixed, total, bias, after, after_name, total=following)
+            added = blocks.bias(graph, name(f"out.bias.{separate:d}"), bias)
+            value, total = blocks.skip_norm(graph, mixed, total, added, layer.norm2, name("norm2"), total=True)
+            mixed, bias = blocks.mlp(graph, value, layer, backbone.activation, name), layer.down.bias
+        following = number + 1 < len(backbone.layers)
+        after, after_name = backbone.final_norm, "final_norm"
+        if following:
+            after, after_name = backbone.layers[number + 1].norm1, f"layer{number + 1}.norm1"
+        assert after is not None
+        added = blocks.bias(graph, name("last.bias"), bias)
+        value, *totals = blocks.skip_norm(graph, mixed, total, added, after, after_name, total=following)
         total = totals[0] if totals else total
     return value
-
-
-def _bias(graph: Graph, name: str, *linears: Linear) -> ir.Value | None:
-    """The sum of the biases, which the norm that follows adds."""
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    return graph.weight(name, sum(biases[1:], biases[0])) if biases else None
 
 
 def _count(graph: Graph, segment: ir.Value) -> ir.Value:

@@ -17,12 +17,14 @@ from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
-from rmt_trt.export.fused.layers import Backbone, Linear, Norm
+from rmt_trt.export.fused.layers import Backbone
 from rmt_trt.model.config import ModelConfig
 
 
-def encoder_step(graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Backbone, role: str, head: str) -> None:
-    """Writes the whole step into `graph`."""
+def encoder_step(
+    graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Backbone, role: str, head: str, separate: bool
+) -> None:
+    """Writes the whole step into `graph`. separate: query, key and value by three products."""
     state = spec.states[0]
     memory = graph.input(state.input, ir.DataType.FLOAT, ("batch", *state.shape))
     segment = graph.input(SEGMENT, ir.DataType.INT64, ("batch", spec.segment_length))
@@ -36,18 +38,14 @@ def encoder_step(graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Ba
     value = blocks.skip_norm(graph, rows, positions, None, embedding_norm, "embedding_norm")[0]
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
-        mixed = blocks.self_attention(graph, value, layer, backbone, name, lengths, causal=False)
-        value = _add_norm(
-            graph,
-            blocks.product(graph, mixed, layer.out, name("out")),
-            value,
-            layer.out,
-            layer.norm1,
-            name("out"),
-            name("norm1"),
-        )
+        attention = blocks.separate_attention if separate else blocks.packed_attention
+        mixed = attention(graph, value, layer, backbone, name, lengths, causal=False)
+        mixed = blocks.product(graph, mixed, layer.out, name("out"))
+        bias = blocks.bias(graph, name(f"out.bias.{separate:d}"), blocks.out_bias(layer, separate))
+        value = blocks.skip_norm(graph, mixed, value, bias, layer.norm1, name("norm1"))[0]
         inner = blocks.mlp(graph, value, layer, backbone.activation, name)
-        value = _add_norm(graph, inner, value, layer.down, layer.norm2, name("down"), name("norm2"))
+        bias = blocks.bias(graph, name("down.bias"), layer.down.bias)
+        value = blocks.skip_norm(graph, inner, value, bias, layer.norm2, name("norm2"))[0]
 
     written = graph.to_float(graph.slice(value, 0, config.num_memory))
     if count is not None:
@@ -56,20 +54,6 @@ def encoder_step(graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Ba
     graph.output(written, state.output, ir.DataType.FLOAT, ("batch", *state.shape))
     if head != "none":
         graph.output(_classes(graph, config, value, backbone), LOGITS, ir.DataType.FLOAT, ("batch", spec.num_logits))
-
-
-def _add_norm(
-    graph: Graph,
-    value: ir.Value,
-    skip: ir.Value,
-    linear: Linear,
-    norm: Norm,
-    linear_name: str,
-    norm_name: str,
-) -> ir.Value:
-    """norm(value + bias + skip), where the bias is that of the product which gave `value`."""
-    bias = None if linear.bias is None else graph.weight(f"{linear_name}.bias", linear.bias)
-    return blocks.skip_norm(graph, value, skip, bias, norm, norm_name)[0]
 
 
 def _count(graph: Graph, segment: ir.Value) -> ir.Value:

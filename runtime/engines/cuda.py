@@ -31,7 +31,7 @@ NAME = "cuda"
 PROVIDER = "CUDAExecutionProvider"
 DTYPES = ("fp16", "bf16", "fp32")  # what dtype=None takes, first where a bundle has several
 WARNINGS, ERRORS_ONLY = 2, 3  # ONNX Runtime's log severities; it starts with the first
-Key = tuple[str, Head]  # role, head
+Key = tuple[str, Head, int]  # role, head, documents from which on the graph is the one to take
 # The heads whose graph has what a head asks for, the least work first.
 SERVED_BY: dict[Head, tuple[Head, ...]] = {
     "none": ("none", "last", "all"),
@@ -102,13 +102,15 @@ class CudaEngine:
         self._bundle, self._spec = bundle, bundle.spec
         self._gpu = cuda.Gpu(device)
         self._graphs = {
-            (g.role, cast(Head, g.head)): g for g in bundle.manifest.graphs if g.engine == NAME and g.dtype == dtype
+            (g.role, cast(Head, g.head), g.min_batch): g
+            for g in bundle.manifest.graphs
+            if g.engine == NAME and g.dtype == dtype
         }
         self._sessions: dict[Key, Any] = {}
         self._buckets: dict[int, Bucket] = {}
         self._captures = 0
         # What a plain run of one document uses, so that the first one is not slower than the others.
-        for key in (self._key("full", "none"), self._key("step", "last")):
+        for key in (self._key("full", "none", 1), self._key("step", "last", 1)):
             self._replay(self._bucket(1), key)
 
     def load(self, states: tuple[np.ndarray, ...]) -> States:
@@ -143,7 +145,7 @@ class CudaEngine:
         batch, length = segment.shape
         full = length == self._spec.segment_length and bool((segment >= 0).all())
         bucket = self._bucket(batch)
-        replay = self._replay(bucket, self._key("full" if full else "step", head))
+        replay = self._replay(bucket, self._key("full" if full else "step", head, bucket.size))
         padded = np.full((1, batch, self._spec.segment_length), PAD, np.int64)
         padded[0, :, :length] = segment
         new = self._through(bucket, replay, states, padded)
@@ -152,12 +154,13 @@ class CudaEngine:
     def steps(self, states: States, segments: np.ndarray) -> States:
         self._gpu.use()
         bucket = self._bucket(segments.shape[1])
-        return self._through(bucket, self._replay(bucket, self._key("full", "none")), states, segments)
+        return self._through(bucket, self._replay(bucket, self._key("full", "none", bucket.size)), states, segments)
 
     def replay(self, batch: int, steps: int) -> None:
         """Replays the graphs of full segments alone, from A to B and back, and waits: what the driver is measured by."""
         self._gpu.use()
-        replay = self._replay(self._bucket(batch), self._key("full", "none"))
+        bucket = self._bucket(batch)
+        replay = self._replay(bucket, self._key("full", "none", bucket.size))
         for number in range(steps):
             replay.run(number % 2)
         self._gpu.stream.sync()
@@ -198,11 +201,12 @@ class CudaEngine:
             return reduced(rows[:, :length], segment, head, self._spec.logits)
         return Answer(rows, _shifted(scores[0], segment) if scores else None)
 
-    def _key(self, role: str, head: Head) -> Key:
+    def _key(self, role: str, head: Head, size: int) -> Key:
         """The graph that does it with the least: a bundle with plain graphs has ("step", "all") only."""
-        for candidate in [(r, h) for r in (role, "step") for h in SERVED_BY[head]]:
-            if candidate in self._graphs:
-                return candidate
+        for wanted in [(r, h) for r in (role, "step") for h in SERVED_BY[head]]:
+            fitting = [key for key in self._graphs if key[:2] == wanted and key[2] <= size]
+            if fitting:
+                return max(fitting, key=lambda key: key[2])
         raise EngineError(
             f"{self._bundle.path} has no graph for CUDA in {self.dtype} with head '{head}'; add them again: rmt-export "
             f"{self._bundle.path} --engine cuda --dtype {self.dtype}"
