@@ -24,8 +24,8 @@ from rmt_trt.runtime.segments import cut
 # Largest relative L2 error of memory and logits that is accepted along the recurrence. fp32: the largest seen over
 # all backbones and lengths of the parity tests is some 1e-6 (docs/results/parity.md), so a hundred times that. fp16 and
 # bf16, measured on an H200 over 4,096 segments (docs/performance.md): the trained example 9e-4 and 6e-3, BERT-base with
-# random weights 1.6e-3 and 1.4e-2; a Llama with random weights 1e-2 and 8e-2 after two. So some ten times what a trained
-# model showed: what is wrong is off by far more, and what drifts further is worth a look.
+# random weights 1.6e-3 and 1.4e-2. So some ten times that: what is wrong is off by far more, and what drifts further is
+# worth a look.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 # What a document is compared by: after every segment, its states in the spec's order and its logits.
 Reference = Callable[[np.ndarray], Iterable[tuple[tuple[np.ndarray, ...], np.ndarray]]]
