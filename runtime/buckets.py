@@ -120,10 +120,13 @@ def advance(gpu: Gpu, bucket: Bucket, replay: Replay, segments: np.ndarray) -> N
         stage.host[: len(block), : block.shape[1]] = block
         stage.host[: len(block), block.shape[1] :] = filler
         gpu.copies.wait(stage.used)
-        stage.pinned.copy_to(stage.device, stream=gpu.copies)
+        nbytes = len(block) * bucket.tokens.size
+        gpu.part(stage.pinned, 0, nbytes).copy_to(gpu.part(stage.device, 0, nbytes), stream=gpu.copies)
         gpu.copies.record(stage.copied)
         gpu.stream.wait(stage.copied)
-        for number in range(len(block)):
-            stage.places[number].copy_to(bucket.tokens, stream=gpu.stream)
-            replay.run(number % 2)
-        gpu.stream.record(stage.used)
+        try:
+            for number in range(len(block)):
+                stage.places[number].copy_to(bucket.tokens, stream=gpu.stream)
+                replay.run(number % 2)
+        finally:  # steps that were enqueued before one failed still read their tokens
+            gpu.stream.record(stage.used)
