@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -13,8 +14,9 @@ from rmt_trt.runtime.lane import Lane
 from rmt_trt.runtime.reading import Opener, Reading, distinct, one_each, size_of
 from rmt_trt.runtime.results import RunResult, answered
 from rmt_trt.runtime.slots import Slots
-from rmt_trt.runtime.tokens import as_array, is_number
+from rmt_trt.runtime.tokens import NO_TOKENS, NOTHING, as_array, is_number
 from rmt_trt.runtime.track import Track, as_state
+from rmt_trt.runtime.turns import Turns
 
 HELD_BACK = 8  # times the slots: documents between the next to be yielded and the newest, with ordered=True
 
@@ -26,7 +28,8 @@ class Many(Iterator[tuple[int, RunResult]]):
     slot_steps  segments of documents in them
     idle_share  the share of slots, over all steps so far, that carried no document
 
-    They can be read at any time. An error ends the iteration; results that were yielded before it stand.
+    They can be read at any time. An error ends the iteration; results that were yielded before it stand. Threads that
+    share it take turns: each result goes to one of them.
     """
 
     def __init__(
@@ -34,13 +37,15 @@ class Many(Iterator[tuple[int, RunResult]]):
     ) -> None:
         self._slots, self._spec, self._reading = slots, spec, reading
         self._opened = self._yielded = 0
+        self._turns = Turns("run_many")
         window = HELD_BACK * slots.slots
         ready = (lambda: self._opened - self._yielded < window) if ordered else (lambda: True)
         ended = slots.run(self._counted(tracks), ready)
         self._results = self._in_order(ended) if ordered else self._as_they_end(ended)
 
     def __next__(self) -> tuple[int, RunResult]:
-        return next(self._results)
+        with self._turns.take():
+            return next(self._results)
 
     @property
     def steps(self) -> int:
@@ -99,13 +104,25 @@ def in_slots(slots: Slots, tracks: list[Track], spec: StepSpec, reading: Reading
 
 def opened(opener: Opener, found: Iterator[tuple[int, Any, Any]]) -> Iterator[tuple[int, Track]]:
     """Documents opened when their turn comes. Errors: as `Opener.open`, naming the document's index."""
+    # What iterator each open document is read from; an entry goes with its track.
+    reading: WeakKeyDictionary[Track, Iterator[Any]] = WeakKeyDictionary()
     for index, tokens, length in found:
         if is_number(tokens):
             raise TokenError(
                 f"document {index} is the number {tokens!r}; run_many takes documents, each with its tokens. For one "
                 f"document use run"
             )
-        yield index, opener.open_one(index, tokens, None, length, f"document {index}")
+        other = next((track.row for track, source in reading.items() if source is tokens), None)
+        if other is not None:
+            raise TokenError(
+                f"documents {other} and {index} are one and the same iterator, which gives its tokens once only. Pass "
+                f"an iterator for each, or a list"
+            )
+        track = opener.open_one(index, tokens, None, length, f"document {index}")
+        if isinstance(tokens, Iterator):
+            reading[track] = tokens
+        yield index, track
+        del track  # not to be kept alive from here
 
 
 def sources(documents: Any, length: Any, ordered: bool) -> tuple[Iterator[tuple[int, Any, Any]], int | None]:
@@ -121,7 +138,7 @@ def sources(documents: Any, length: Any, ordered: bool) -> tuple[Iterator[tuple[
                 f"documents, or a 2-D array. For one document use run"
             )
         documents = list(documents)
-    if isinstance(documents, (str, bytes)) or not isinstance(documents, Iterable):
+    if isinstance(documents, (str, *NO_TOKENS)) or not isinstance(documents, Iterable):
         raise TokenError(
             f"run_many takes many documents and got {type(documents).__name__}; pass a list or an iterator of documents, or "
             f"a 2-D array. For one document use run"
@@ -148,5 +165,10 @@ def longest_first(sizes: Sequence[int | None]) -> list[int]:
 def _endless(documents: Iterable[Any], length: Any) -> Iterator[tuple[int, Any, Any]]:
     lengths = None if length is None else iter(length)
     for index, document in enumerate(documents):
-        stated = None if lengths is None else next(lengths, None)
+        stated = None if lengths is None else next(lengths, NOTHING)
+        if stated is NOTHING:
+            raise ContractError(
+                f"length ended before the documents: it gave {index}, and document {index} came. Give one for each, None "
+                f"where unset"
+            )
         yield index, document, stated

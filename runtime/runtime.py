@@ -147,6 +147,7 @@ class RMTRuntime:
         self._live_engine()
         _callback("on_piece", on_piece, "a Piece")
         _callback("on_progress", on_progress, "a number of tokens")
+        _flag("on_device", on_device)
         reading = Reading.of(self.spec, alignment, logits, max_segments, overflow)
         blocks = on_piece is None and reading.logits in ("last", "none")
         if on_device and not blocks:
@@ -216,7 +217,9 @@ class RMTRuntime:
         self._live_engine()
         slots = self._max_batch if slots is None else slots
         _whole("slots", slots, 1, self._max_batch)
+        _flag("ordered", ordered)
         _callback("on_progress", on_progress, "a number of tokens")
+        _flag("on_device", on_device)
         reading = Reading.of(self.spec, alignment, logits, max_segments, overflow)
         if reading.logits not in ("last", "none"):
             raise ContractError(f"run_many gives logits 'last' or 'none', not '{logits}'; use run or stream for it")
@@ -244,6 +247,8 @@ class RMTRuntime:
         logits="last". At most `max_batch` documents. Errors: as `run`.
         """
         self._live_engine()
+        _flag("memory", memory)
+        _flag("keep", keep)
         reading = Reading.of(self.spec, alignment, logits, max_segments, overflow)
         tracks, batch = self._opener(reading).open(tokens, state, length)
         if len(tracks) > self._max_batch:
@@ -316,3 +321,8 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
 def _callback(name: str, value: object, takes: str) -> None:
     if value is not None and not callable(value):
         raise ContractError(f"{name} is {type(value).__name__}; expected a function that takes {takes}")
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ContractError(f"{name} is {value!r:.80}; expected True or False")

@@ -13,13 +13,14 @@ from rmt_trt.runtime.reading import Reading
 from rmt_trt.runtime.recurrence import Recurrence
 from rmt_trt.runtime.results import BatchResult, Piece, RunResult, answered
 from rmt_trt.runtime.track import Track
+from rmt_trt.runtime.turns import Turns
 
 
 class Stream(Iterator[Piece]):
     """Iterate for pieces; `state` says where the documents can go on, `result` what they came to.
 
     With `keep`, the rows of logits="all" and "loglik" are gathered for the result; without it only the newest piece of
-    each document is held, and memory stays constant.
+    each document is held, and memory stays constant. Threads that share it take turns: each piece goes to one of them.
     """
 
     def __init__(
@@ -30,8 +31,13 @@ class Stream(Iterator[Piece]):
         self._gather = keep and reading.logits in ("all", "loglik")
         self._pieces: dict[int, list[Piece]] = {track.row: [] for track in recurrence.tracks}
         self._ended = False
+        self._turns = Turns("the stream")
 
     def __next__(self) -> Piece:
+        with self._turns.take():
+            return self._next()
+
+    def _next(self) -> Piece:
         piece = next(self._source, None)
         if piece is None:
             # A step that failed ends the iteration too, but no document with it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from rmt_trt.runtime import cuda
 PIECE = 1 << 14  # tokens that are checked at a time: 128 KiB as int64
 GATHER = 4096  # ints of an iterator that are taken at a time, at most
 NOTHING = object()
+# They can be iterated over, and what comes out of them is no text's tokens in order.
+NO_TOKENS = (bytes, bytearray, memoryview, Mapping, Set)
 
 
 def split_batch(tokens: Any) -> tuple[list[Any], bool]:
@@ -40,7 +42,7 @@ def split_batch(tokens: Any) -> tuple[list[Any], bool]:
         if is_number(tokens[0]):
             return [tokens], False
         return list(tokens), True
-    if isinstance(tokens, Iterable) and not isinstance(tokens, (bytes, bytearray, dict, set, frozenset)):
+    if isinstance(tokens, Iterable) and not isinstance(tokens, NO_TOKENS):
         return [tokens], False
     raise TokenError(
         f"tokens are of type {type(tokens).__name__}; expected an integer array, a list, an iterator of ints or of "
@@ -103,7 +105,7 @@ class Document:
         self._array = tokens if isinstance(tokens, np.ndarray) else None
         if self._array is not None and self._array.ndim != 1:
             raise TokenError(f"{where}: tokens have shape {self._array.shape}; expected one dimension")
-        if self._array is None and not isinstance(tokens, Iterable):
+        if self._array is None and (isinstance(tokens, NO_TOKENS) or not isinstance(tokens, Iterable)):
             raise TokenError(f"{where}: tokens are of type {type(tokens).__name__}; expected an array or an iterator")
         self._clean = self._kept(
             _array_pieces(self._array) if self._array is not None else _pieces(tokens, where, lambda: self._wanted)
