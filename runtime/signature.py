@@ -11,42 +11,50 @@ from rmt_trt.initial_state import SPEC_KEY, spec_from_metadata
 
 # The output of head "loglik" beside the last row's logits: (batch, S) float32, at place t that of token t + 1.
 LOGLIK = "loglik"
+FREE = None  # an axis whose size is known when the graph is run
+Shape = tuple[str, tuple[tuple[int | None, ...], ...]]  # ONNX Runtime's name of the type, and what each axis may be
 
 
 def check_signature(session: Any, spec: StepSpec, path: Path, head: Head = "all") -> None:
     """Compares a graph's inputs and outputs, those of its head too, and the spec that it carries, with the spec.
 
+    Engines allocate what a graph says that it gives, so no size in it is believed: the batch is free, a text has any
+    length or S, and everything else is what the spec says.
     Errors: FormatError, naming what differs.
     """
     types = {"float32": "tensor(float)", "float16": "tensor(float16)"}
-    wanted: dict[str, tuple[str, int, tuple[int, ...]]] = {SEGMENT: ("tensor(int64)", 2, ())}
+    text = (FREE, spec.segment_length)
+    inputs: dict[str, Shape] = {SEGMENT: ("tensor(int64)", ((FREE,), text))}
+    outputs: dict[str, Shape] = {}
     for state in spec.states:
-        for name in (state.input, state.output):
-            wanted[name] = (types[state.dtype], 1 + len(state.shape), state.shape)
+        of_state = (types[state.dtype], ((FREE,), *((FREE, size) for size in state.shape)))
+        inputs[state.input] = outputs[state.output] = of_state
     if head != "none":
-        rank = 3 if spec.logits == "lm" and head == "all" else 2
-        wanted[LOGITS] = ("tensor(float)", rank, (spec.num_logits,))
+        rows = (text,) if spec.logits == "lm" and head == "all" else ()
+        outputs[LOGITS] = ("tensor(float)", ((FREE,), *rows, (spec.num_logits,)))
     if head == "loglik":
-        wanted[LOGLIK] = ("tensor(float)", 2, (spec.segment_length,))
-    found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
-    if set(found) != set(wanted):
-        raise FormatError(
-            f"{path}: the graph has the inputs and outputs {sorted(found)}; its spec says {sorted(wanted)}. Export it again"
-        )
-    for name, (dtype, rank, trailing) in wanted.items():
-        value = found[name]
-        shape = tuple(value.shape)
-        fixed = shape[len(shape) - len(trailing) :]
-        fits = len(shape) == rank and all(
-            isinstance(size, str) or size is None or size == want for size, want in zip(fixed, trailing, strict=True)
-        )
-        if value.type != dtype or not fits:
+        outputs[LOGLIK] = ("tensor(float)", ((FREE,), (spec.segment_length,)))
+    for kind, values, wanted in (("input", session.get_inputs(), inputs), ("output", session.get_outputs(), outputs)):
+        if sorted(value.name for value in values) != sorted(wanted):
             raise FormatError(
-                f"{path}: the graph's '{name}' is {value.type} of shape {shape}; its spec says {dtype} of rank {rank} "
-                f"ending in {trailing}. Export it again"
+                f"{path}: the graph has the {kind}s {sorted(value.name for value in values)}; its spec says "
+                f"{sorted(wanted)}. Export it again"
             )
+        for value in values:
+            _check_value(value, *wanted[value.name], path)
     metadata = session.get_modelmeta().custom_metadata_map
     if SPEC_KEY in metadata and spec_from_metadata(metadata, str(path)) != spec:
         raise FormatError(
             f"{path}: the graph carries another step spec than the bundle's manifest. Copy the bundle again"
+        )
+
+
+def _check_value(value: Any, dtype: str, axes: tuple[tuple[int | None, ...], ...], path: Path) -> None:
+    shape = tuple(size if isinstance(size, int) else FREE for size in value.shape)
+    fits = len(shape) == len(axes) and all(size in allowed for size, allowed in zip(shape, axes, strict=True))
+    if value.type != dtype or not fits:
+        wanted = ", ".join(" or ".join("any" if size is FREE else str(size) for size in allowed) for allowed in axes)
+        raise FormatError(
+            f"{path}: the graph's '{value.name}' is {value.type} of shape {tuple(value.shape)}; its spec says {dtype} of "
+            f"shape ({wanted}). Export it again"
         )
