@@ -6,11 +6,13 @@ Nothing here allocates per segment. Work is enqueued on streams of our own, neve
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from rmt_trt.errors import EngineError, TokenError, require
+from rmt_trt.errors import EngineError, RMTError, TokenError, require
 
 CUDA_DEVICE, CUDA_MANAGED = 2, 13  # DLDeviceType of the DLPack header
 ALIGNMENT = 256
@@ -78,10 +80,25 @@ def to_host(array: Any) -> np.ndarray:
     return fetched
 
 
+class Lent:
+    """Keeps memory until nobody uses it, and then puts it aside instead of freeing it.
+
+    The last to let go of it may be any thread at any time, and a free is work on a stream: in the middle of a capture
+    on that stream it would spoil the capture.
+    """
+
+    def __init__(self, buffer: Any, aside: list[Any]) -> None:
+        self._buffer, self._aside = buffer, aside
+
+    def __del__(self) -> None:
+        self._aside.append(self._buffer)
+
+
 class Gpu:
     """One GPU: a stream for work, one for staging, and the memory that is asked for.
 
-    Errors: EngineError, when the device cannot be used.
+    Memory that nobody uses any more is freed when the device is next made current. Errors of every method: EngineError, with the driver's
+    own words, when the device cannot be used, has no memory left, or failed in work that was enqueued before.
     """
 
     def __init__(self, index: int) -> None:
@@ -89,30 +106,47 @@ class Gpu:
         if reason is not None:
             raise EngineError(reason)
         self._core = library()
+        self._driver = require("cuda.bindings.driver", "gpu", "an NVIDIA GPU")
         self.index = index
+        self._aside: list[Any] = []
         self.device = self._core.Device(index)
-        self.device.set_current()
-        self.stream = self.device.create_stream()
-        self.copies = self.device.create_stream()
-        self._pinned = self._core.LegacyPinnedMemoryResource()
-        self._scratch: tuple[Any, np.ndarray] = self.pinned((1 << 16,), np.uint8)
+        with saying(f"device {index} cannot be used. Check nvidia-smi"), self.current():
+            self.stream = self.device.create_stream()
+            self.copies = self.device.create_stream()
+            self._pinned = self._core.LegacyPinnedMemoryResource()
+            self._scratch: tuple[Any, np.ndarray] = self.pinned((1 << 16,), np.uint8)
 
-    def use(self) -> None:
-        """Makes the device current in this thread, as every thread must."""
-        self.device.set_current()
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes the device current in this thread while it is open: the caller's own choice of a device stays. Frees what
+        was put aside."""
+        with self._working():
+            _, before = self._driver.cuCtxGetCurrent()
+            self.device.set_current()
+            self._aside.clear()
+        try:
+            yield
+        finally:
+            if int(before):
+                self._driver.cuCtxSetCurrent(before)
 
     def event(self) -> Any:
-        return self.device.create_event()
+        with self._working():
+            return self.device.create_event()
 
     def allocate(self, nbytes: int) -> Any:
         """A buffer of device memory aligned to 256 bytes, its values undefined; it is freed behind the work on `stream`
         that uses it."""
-        buffer = self.device.memory_resource.allocate(nbytes, stream=self.stream)
+        with saying(
+            f"device {self.index} gave no {nbytes} bytes of memory. Step fewer documents together (max_batch, slots), or "
+            f"end what else uses this GPU"
+        ):
+            buffer = self.device.memory_resource.allocate(nbytes, stream=self.stream)
         if int(buffer.handle) % ALIGNMENT:
             raise EngineError(
                 f"device {self.index} gave memory at {int(buffer.handle):#x}, not aligned to {ALIGNMENT} bytes"
             )
-        return buffer
+        return self._core.Buffer.from_handle(int(buffer.handle), nbytes, owner=Lent(buffer, self._aside))
 
     def zeros(self, nbytes: int) -> Any:
         """The same, filled with zeros."""
@@ -123,16 +157,21 @@ class Gpu:
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> tuple[Any, np.ndarray]:
         """(buffer, view) of page-locked host memory: an array that the GPU copies from and to by itself."""
         dtype = np.dtype(dtype)
-        buffer = self._pinned.allocate(math.prod(shape) * dtype.itemsize)
+        nbytes = math.prod(shape) * dtype.itemsize
+        with saying(
+            f"the driver gave no {nbytes} bytes of page-locked host memory. Step fewer documents together (max_batch, slots)"
+        ):
+            buffer = self._pinned.allocate(nbytes)
         return buffer, np.from_dlpack(buffer).view(dtype).reshape(shape)
 
     def to_device(self, values: list[np.ndarray]) -> list[Any]:
         """Each array in a buffer of its own; waits until it is there."""
+        self.wait()  # what was broken off may still be on its way into the scratch memory
         made = [self.allocate(value.nbytes) for value in values]
         for value, buffer, (start, view) in zip(values, made, self._places(values), strict=True):
             view[...] = value.reshape(-1).view(np.uint8)
             self.copy(self._scratch[0], buffer, value.nbytes, start)
-        self.stream.sync()
+        self.wait()
         return made
 
     def to_host(self, wanted: list[tuple[Any, tuple[int, ...], Any]]) -> list[np.ndarray]:
@@ -141,7 +180,7 @@ class Gpu:
         places = self._places(found)
         for (buffer, _, _), value, (start, _) in zip(wanted, found, places, strict=True):
             self.copy(buffer, self._scratch[0], value.nbytes, 0, start)
-        self.stream.sync()
+        self.wait()
         for value, (_, view) in zip(found, places, strict=True):
             value.reshape(-1).view(np.uint8)[...] = view
         return found
@@ -161,24 +200,52 @@ class Gpu:
 
     def copy(self, source: Any, target: Any, nbytes: int | None = None, start: int = 0, to: int = 0) -> None:
         """Enqueues a copy of bytes on `stream`: all of a buffer, or some from `start` on to the place `to`."""
-        if nbytes is None:
-            source.copy_to(target, stream=self.stream)
-        elif nbytes:
-            self.part(source, start, nbytes).copy_to(self.part(target, to, nbytes), stream=self.stream)
+        with self._working():
+            if nbytes is None:
+                source.copy_to(target, stream=self.stream)
+            elif nbytes:
+                self.part(source, start, nbytes).copy_to(self.part(target, to, nbytes), stream=self.stream)
+
+    def wait(self) -> None:
+        """Waits until all that was enqueued on `stream` is done."""
+        with self._working():
+            self.stream.sync()
 
     def array(self, buffer: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         """A buffer as an array that speaks DLPack, without a copy. Its work is waited for first."""
         from cuda.core.utils import StridedMemoryView
 
-        self.stream.sync()
+        self.wait()
         return StridedMemoryView.from_buffer(buffer, shape, dtype=np.dtype(dtype))
 
     def close(self) -> None:
-        self.stream.sync()
-        self.copies.sync()
-        del self._scratch
-        self.stream.close()
-        self.copies.close()
+        """Waits for what is under way and lets go of it all, also where that failed."""
+        try:
+            with self._working():
+                self.stream.sync()
+                self.copies.sync()
+        finally:
+            self._aside.clear()
+            del self._scratch
+            self.stream.close()
+            self.copies.close()
+
+    def _working(self) -> Any:
+        return saying(
+            f"device {self.index} failed in a step or a copy. After most such failures the process has to be started anew "
+            f"to use this GPU"
+        )
+
+
+@contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Makes an EngineError of what the driver raises."""
+    try:
+        yield
+    except RMTError:
+        raise
+    except Exception as err:  # the driver's own errors share no base class across versions
+        raise EngineError(f"{what}. The driver says: {one_line(err)}") from err
 
 
 def one_line(err: Exception) -> str:

@@ -2,7 +2,7 @@
 
 It keeps the rules that a real one has and refuses what breaks them: addresses of live memory only, aligned to 256
 bytes; no input that is an output; copies of equal size; nothing after a release. Graphs run on ONNX Runtime's CPU
-provider. What it does not show is asynchrony: everything is done when it is asked for.
+provider. Everything is done when it is asked for: the one in `late_gpu.py` shows what happens when it is not.
 """
 
 from __future__ import annotations
@@ -89,10 +89,12 @@ class HostGpu(cuda.Gpu):
         self.index = index
         self.stream: Any = Stream()
         self.copies: Any = Stream()
+        self._aside: list[Any] = []
         self._scratch = self.pinned((1 << 10,), np.uint8)
 
-    def use(self) -> None:
-        self.stream.check()
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        yield
 
     def event(self) -> Any:
         return Event()

@@ -109,71 +109,72 @@ class CudaEngine:
         self._sessions: dict[Key, Any] = {}
         self._buckets: dict[int, Bucket] = {}
         self._captures = 0
-        # What a plain run of one document uses, so that the first one is not slower than the others.
-        for key in (self._key("full", "none", 1), self._key("step", "last", 1)):
-            self._replay(self._bucket(1), key)
+        with self._gpu.current():
+            # What a plain run of one document uses, so that the first one is not slower than the others.
+            for key in (self._key("full", "none", 1), self._key("step", "last", 1)):
+                self._replay(self._bucket(1), key)
 
     def load(self, states: tuple[np.ndarray, ...]) -> States:
-        self._gpu.use()
-        values = [np.ascontiguousarray(v, spec.dtype) for v, spec in zip(states, self._spec.states, strict=True)]
-        return States(len(values[0]), tuple(self._gpu.to_device(values)))
+        with self._gpu.current():
+            values = [np.ascontiguousarray(v, spec.dtype) for v, spec in zip(states, self._spec.states, strict=True)]
+            return States(len(values[0]), tuple(self._gpu.to_device(values)))
 
     def fetch(self, states: States) -> tuple[np.ndarray, ...]:
-        self._gpu.use()
-        shapes = [((states.batch, *state.shape), state.dtype) for state in self._spec.states]
-        pairs = zip(states.buffers, shapes, strict=True)
-        return tuple(self._gpu.to_host([(buffer, *shape) for buffer, shape in pairs]))
+        with self._gpu.current():
+            shapes = [((states.batch, *state.shape), state.dtype) for state in self._spec.states]
+            pairs = zip(states.buffers, shapes, strict=True)
+            return tuple(self._gpu.to_host([(buffer, *shape) for buffer, shape in pairs]))
 
     def share(self, states: States) -> tuple[Any, ...]:
-        self._gpu.use()
-        return tuple(
-            self._gpu.array(buffer, (states.batch, *state.shape), state.dtype)
-            for buffer, state in zip(states.buffers, self._spec.states, strict=True)
-        )
+        with self._gpu.current():
+            return tuple(
+                self._gpu.array(buffer, (states.batch, *state.shape), state.dtype)
+                for buffer, state in zip(states.buffers, self._spec.states, strict=True)
+            )
 
     def take(self, parts: Sequence[States], rows: np.ndarray) -> States:
-        self._gpu.use()
-        origin = [(part, row) for part in parts for row in range(part.batch)]
-        made = new_states(self._gpu, self._spec, len(rows))
-        for place, part, first, count in _runs([origin[row] for row in rows.tolist()]):
-            for source, target, size in zip(part.buffers, made.buffers, state_bytes(self._spec), strict=True):
-                self._gpu.copy(source, target, count * size, first * size, place * size)
-        return made
+        with self._gpu.current():
+            origin = [(part, row) for part in parts for row in range(part.batch)]
+            made = new_states(self._gpu, self._spec, len(rows))
+            for place, part, first, count in _runs([origin[row] for row in rows.tolist()]):
+                for source, target, size in zip(part.buffers, made.buffers, state_bytes(self._spec), strict=True):
+                    self._gpu.copy(source, target, count * size, first * size, place * size)
+            return made
 
     def step(self, states: States, segment: np.ndarray, head: Head, host: bool = True) -> tuple[States, Answer | None]:
-        self._gpu.use()
-        batch, length = segment.shape
-        full = length == self._spec.segment_length and bool((segment >= 0).all())
-        bucket = self._bucket(batch)
-        replay = self._replay(bucket, self._key("full" if full else "step", head, bucket.size))
-        padded = np.full((1, batch, self._spec.segment_length), PAD, np.int64)
-        padded[0, :, :length] = segment
-        new = self._through(bucket, replay, states, padded)
-        return new, self._answer(replay, segment, head, host)
+        with self._gpu.current():
+            batch, length = segment.shape
+            full = length == self._spec.segment_length and bool((segment >= 0).all())
+            bucket = self._bucket(batch)
+            replay = self._replay(bucket, self._key("full" if full else "step", head, bucket.size))
+            padded = np.full((1, batch, self._spec.segment_length), PAD, np.int64)
+            padded[0, :, :length] = segment
+            new = self._through(bucket, replay, states, padded)
+            return new, self._answer(replay, segment, head, host)
 
     def steps(self, states: States, segments: np.ndarray) -> States:
-        self._gpu.use()
-        bucket = self._bucket(segments.shape[1])
-        return self._through(bucket, self._replay(bucket, self._key("full", "none", bucket.size)), states, segments)
+        with self._gpu.current():
+            bucket = self._bucket(segments.shape[1])
+            return self._through(bucket, self._replay(bucket, self._key("full", "none", bucket.size)), states, segments)
 
     def replay(self, batch: int, steps: int) -> None:
         """Replays the graphs of full segments alone, from A to B and back, and waits: what the driver is measured by."""
-        self._gpu.use()
-        bucket = self._bucket(batch)
-        replay = self._replay(bucket, self._key("full", "none", bucket.size))
-        for number in range(steps):
-            replay.run(number % 2)
-        self._gpu.stream.sync()
+        with self._gpu.current():
+            bucket = self._bucket(batch)
+            replay = self._replay(bucket, self._key("full", "none", bucket.size))
+            for number in range(steps):
+                replay.run(number % 2)
+            self._gpu.wait()
 
     def close(self) -> None:
         """Captured graphs go before the sessions, these before the memory that they were bound to."""
-        self._gpu.use()
-        self._gpu.stream.sync()
-        for bucket in self._buckets.values():
-            bucket.replays.clear()
-        self._sessions.clear()
-        self._buckets.clear()
-        self._gpu.close()
+        with self._gpu.current():
+            self._gpu.wait()
+            for bucket in self._buckets.values():
+                bucket.replays.clear()
+            self._sessions.clear()
+            self._buckets.clear()
+            self._gpu.close()
 
     def _through(self, bucket: Bucket, replay: Replay, states: States, segments: np.ndarray) -> States:
         enter(self._gpu, self._spec, bucket, states)
@@ -228,8 +229,9 @@ class CudaEngine:
                     shape = tuple(n if isinstance(n, int) else axes[axis] for axis, n in enumerate(value.shape))
                     outputs[value.name] = (self._gpu.allocate(4 * math.prod(shape)), shape)
             bindings = (self._bind(session, bucket, 0, outputs), self._bind(session, bucket, 1, outputs))
-            bucket.replays[key] = GraphReplay(session, bindings, (self._options(), self._options()), outputs)
-            self._warm(bucket.replays[key])
+            replay = GraphReplay(session, bindings, (self._options(), self._options()), outputs)
+            self._warm(replay)
+            bucket.replays[key] = replay
         return bucket.replays[key]
 
     def _warm(self, replay: Replay) -> None:
@@ -237,8 +239,8 @@ class CudaEngine:
         try:
             for side in (0, 1):
                 replay.run(side)
-            self._gpu.stream.sync()
-        except Exception as err:  # see _advance
+            self._gpu.wait()
+        except Exception as err:  # see _through
             raise EngineError(f"ONNX Runtime cannot capture the step on this GPU: {one_line(err)}") from err
 
     def _bind(self, session: Any, bucket: Bucket, side: int, outputs: dict[str, tuple[Any, tuple[int, ...]]]) -> Any:
