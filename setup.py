@@ -41,6 +41,7 @@ EXTRAS = {
 }
 EXTRAS["dev"] = [
     *EXTRAS["export"],
+    *EXTRAS["bench"],
     "hypothesis>=6.100",
     "pytest>=8.3",
     "psutil>=5.9",
