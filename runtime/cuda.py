@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,20 @@ ALIGNMENT = 256
 def library() -> Any:
     """The module cuda.core. Errors: EngineError, naming what to install."""
     return require("cuda.core", "gpu", "an NVIDIA GPU")
+
+
+@contextmanager
+def made_current(device: Any) -> Iterator[None]:
+    """Makes a device current in this thread while it is open: the caller's own choice of one stays."""
+    import cuda.bindings.driver as driver
+
+    _, before = driver.cuCtxGetCurrent()
+    device.set_current()
+    try:
+        yield
+    finally:
+        if before is not None and int(before):  # 0 where this thread had none
+            driver.cuCtxSetCurrent(before)
 
 
 def refusal(index: int) -> str | None:
@@ -56,11 +70,15 @@ def to_host(array: Any) -> np.ndarray:
             f"tokens of type {type(array).__name__} lie on GPU {index}, and cannot be fetched from there: {reason}. Or move "
             f"them to the host yourself"
         )
-    core = library()
-    gpu = core.Device(index)
-    gpu.set_current()
-    stream = gpu.create_stream()
+    gpu = library().Device(index)
+    with made_current(gpu):
+        return _fetched(array, gpu.create_stream())
+
+
+def _fetched(array: Any, stream: Any) -> np.ndarray:
     from cuda.core.utils import StridedMemoryView
+
+    core = library()
 
     view = StridedMemoryView.from_dlpack(array, stream_ptr=int(stream.handle))
     wanted = [math.prod(view.shape[axis + 1 :]) for axis in range(len(view.shape))]
@@ -97,8 +115,9 @@ class Lent:
 class Gpu:
     """One GPU: a stream for work, one for staging, and the memory that is asked for.
 
-    Memory that nobody uses any more is freed when the device is next made current. Errors of every method: EngineError, with the driver's
-    own words, when the device cannot be used, has no memory left, or failed in work that was enqueued before.
+    Memory that nobody uses any more is freed when the device is next made current. Errors of every method: EngineError,
+    with the driver's own words, when the device cannot be used, has no memory left, or failed in work that was enqueued
+    before.
     """
 
     def __init__(self, index: int) -> None:
@@ -106,7 +125,6 @@ class Gpu:
         if reason is not None:
             raise EngineError(reason)
         self._core = library()
-        self._driver = require("cuda.bindings.driver", "gpu", "an NVIDIA GPU")
         self.index = index
         self._aside: list[Any] = []
         self.device = self._core.Device(index)
@@ -118,17 +136,12 @@ class Gpu:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Makes the device current in this thread while it is open: the caller's own choice of a device stays. Frees what
-        was put aside."""
-        with self._working():
-            _, before = self._driver.cuCtxGetCurrent()
-            self.device.set_current()
-            self._aside.clear()
-        try:
+        """Makes the device current in this thread while it is open, and frees what was put aside."""
+        with ExitStack() as stack:
+            with self._working():
+                stack.enter_context(made_current(self.device))
+                self._aside.clear()
             yield
-        finally:
-            if int(before):
-                self._driver.cuCtxSetCurrent(before)
 
     def event(self) -> Any:
         with self._working():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,8 +74,9 @@ def test_a_missing_wait_is_seen(
     assert any(not worst(seed, *wanted, "run") <= 1e-5 for seed in range(12))
 
 
-def test_memory_that_is_let_go_of_is_freed_by_the_next_use() -> None:
+def test_memory_that_is_let_go_of_is_freed_where_the_device_is_next_used(monkeypatch: pytest.MonkeyPatch) -> None:
     freed: list[str] = []
+    monkeypatch.setattr(cuda, "made_current", lambda device: nullcontext())
 
     class Buffer:
         def __init__(self, handle: int, size: int, owner: Any = None) -> None:
@@ -90,12 +93,31 @@ def test_memory_that_is_let_go_of_is_freed_by_the_next_use() -> None:
     buffer = gpu.allocate(64)
     part = gpu.part(buffer, 0, 8)
     del buffer
-    gpu.use()
-    assert freed == []
+    with gpu.current():
+        assert freed == []
     del part
     assert freed == []
-    gpu.use()
-    assert freed == ["freed"]
+    with gpu.current():
+        assert freed == ["freed"]
+
+
+def test_the_device_that_a_caller_chose_stays_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [7]
+
+    def set_to(context: int) -> None:
+        current[0] = context
+
+    driver = SimpleNamespace(cuCtxGetCurrent=lambda: (0, current[0]), cuCtxSetCurrent=set_to)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setattr("cuda.bindings.driver", driver)
+    device = SimpleNamespace(set_current=lambda: set_to(1))
+    with cuda.made_current(device):
+        assert current == [1]
+    assert current == [7]
+    set_to(0)
+    with cuda.made_current(device):
+        pass
+    assert current == [1]
 
 
 def test_a_gpu_without_memory_says_so_in_an_engine_error() -> None:
@@ -121,6 +143,6 @@ def bare_gpu(allocate: Any) -> Any:
     """A `Gpu` without a device, whose memory comes from a function."""
     gpu: Any = object.__new__(cuda.Gpu)
     gpu.index, gpu.stream, gpu._aside = 3, None, []
-    gpu.device = SimpleNamespace(set_current=lambda: None, memory_resource=SimpleNamespace(allocate=allocate))
+    gpu.device = SimpleNamespace(memory_resource=SimpleNamespace(allocate=allocate))
     gpu._scratch = (None, np.zeros(1024, np.uint8))
     return gpu
