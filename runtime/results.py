@@ -53,7 +53,9 @@ class RunResult:
                 the last token, or (tokens, v) with logits="all"; None with "none" and "loglik"
     states      after the last segment, short or not: arrays (*shape) by state name
     on_device   whether logits and states were left where the engine computed them: then they are arrays that speak
-                DLPack, each with a leading axis of 1: (1, c) or (1, v), (1, *shape); there is no label and no state
+                DLPack, each with a leading axis of 1: (1, c) or (1, v), (1, *shape); there is no label and no state.
+                They hold their values; keep them until work of your own that reads them is done, since memory that is
+                let go of serves later steps
     segments    segments that this run stepped through
     tokens      tokens that this run took, dropped ids not counted
     label       the answer's name, where the model names its classes

@@ -41,7 +41,7 @@ class RMTRuntime:
     engine   "auto" takes the best that this machine can run; a name takes that one or fails. `rt.engine` says which
              it is, `rt.refused` why better ones were not taken
     dtype    "fp32", ...; None takes the best that the bundle has for the engine
-    device   GPU index, for GPU engines
+    device   index of the GPU, for GPU engines
     threads  CPU threads of a step; None takes all cores. The PyTorch engine sets it for the whole process
     max_batch  documents that are stepped together at the most; of more, one begins when another ends
 
@@ -289,9 +289,9 @@ class RMTRuntime:
     def close(self) -> None:
         """Releases the engine; a run in another thread ends with an EngineError at its next step."""
         with self._lock:
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -299,7 +299,11 @@ class RMTRuntime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except EngineError:
+            if error is None:  # what ended the block says more than that a broken engine cannot be closed either
+                raise
 
     def _opener(self, reading: Reading) -> Opener:
         return Opener(reading, self.spec, self._initial, self.encode)

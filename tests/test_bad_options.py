@@ -9,6 +9,7 @@ from typing import Any
 import models
 import numpy as np
 import pytest
+from wrapped import Wrapped
 
 from rmt_trt import ContractError, EngineError, FormatError, RMTRuntime, StateSpec, StepSpec, TokenError
 from rmt_trt.bundle import Bundle
@@ -265,6 +266,30 @@ def test_nothing_runs_after_close(kind: str) -> None:
     ):
         with pytest.raises(EngineError, match=r"the runtime of .* is closed; open a new RMTRuntime"):
             use()
+
+
+class Broken(Wrapped):
+    """An engine that fails in every step, and when it is closed."""
+
+    def steps(self, states: Any, segments: np.ndarray) -> Any:
+        raise EngineError("the step failed")
+
+    def close(self) -> None:
+        raise EngineError("the closing failed")
+
+
+def test_a_failed_step_is_not_hidden_by_an_engine_that_cannot_be_closed() -> None:
+    runtime = models.made("bert").open()
+    runtime._engine = Broken(runtime._engine)
+    with pytest.raises(EngineError, match="the step failed"), runtime:
+        runtime.run(DOCUMENT)
+    runtime.close()
+    with pytest.raises(EngineError, match="is closed"):
+        runtime.run(DOCUMENT)
+    runtime = models.made("bert").open()
+    runtime._engine = Broken(runtime._engine)
+    with pytest.raises(EngineError, match="the closing failed"), runtime:
+        pass
 
 
 PATHS: dict[str, tuple[Any, type[Exception], str]] = {
