@@ -57,6 +57,9 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for count in (self.check_segments, self.segments):
             check_options(2 if count == 0 else count, self.tolerance)
+        for name in ("accept_drift", "plain"):
+            if not isinstance(getattr(self, name), bool):
+                raise ContractError(f"{name} is {getattr(self, name)!r:.80}; expected True or False")
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def add_engine_graphs(
             if options.check_segments and reference is not None:
                 made = replace(made, check=_check(bundle, step, made, stage, reference, options, progress))
             made = _verify(bundle, made, stage, reference, options, progress)
-            _add(path, made, stage)
+            _add(path, made, stage, bundle.spec.fingerprint)
     except OSError as err:
         raise cannot_write(path, err) from err
     return made
@@ -154,6 +157,11 @@ def _step(bundle: Bundle, dtype: str, model: nn.Module | None) -> nn.Module | No
         raise FormatError(
             f"{bundle.path} holds a step of the user's own, which no file describes: {dtype} graphs of it are made from its "
             f"PyTorch module. Pass it: rmt_trt.export.add_engine_graphs(path, dtype='{dtype}', model=step)"
+        )
+    if not isinstance(model, nn.Module):
+        raise ContractError(
+            f"model is {type(model).__name__}; expected the PyTorch module that {bundle.path} was exported from, such as "
+            f"rmt_trt.model.checkpoint.load_model(path).model"
         )
     values = zip(bundle.spec.states, bundle.initial(), strict=True)
     if (
@@ -293,13 +301,14 @@ def _same_use(graph: GraphEntry, made: EngineGraphs) -> bool:
     return (graph.engine, graph.dtype) == (made.engine, made.dtype)
 
 
-def _add(path: Path, made: EngineGraphs, stage: Path) -> None:
+def _add(path: Path, made: EngineGraphs, stage: Path, fingerprint: str) -> None:
     files = {f"{GRAPHS}/{name}": stage / GRAPHS / name for name in sorted(_names(made))}
     add_files(
         path,
         files,
         made.entries,
         drop=lambda graph: _same_use(graph, made),
+        fingerprint=fingerprint,
         verification=lambda old: recorded(old, made.engine, made.dtype, made.to_json()),
     )
 

@@ -23,7 +23,17 @@ import rmt_trt
 from rmt_trt import initial_state
 from rmt_trt.contract import DTYPES, ENGINES, HEADS, StepSpec
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.files import atomic_file, atomic_folder, checked_path, read_bounded, read_json, sha256, sync, write_file
+from rmt_trt.files import (
+    atomic_file,
+    atomic_folder,
+    cannot_write,
+    checked_path,
+    read_bounded,
+    read_json,
+    sha256,
+    sync,
+    write_file,
+)
 
 FORMAT = "rmt-trt-bundle"
 FORMAT_VERSION = 1
@@ -149,6 +159,7 @@ class Manifest:
                 )
         if not any(graph.role == "step" for graph in graphs):
             raise FormatError(f"{where} names no graph with role 'step'. Export the model again")
+        _check_uses(graphs, where)
         return cls(spec=spec, graphs=graphs, files=files, **rest)
 
 
@@ -236,10 +247,12 @@ def new_bundle(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     if overwrite and os.path.lexists(path) and not _is_bundle(path):
         raise FormatError(f"{path} exists and is not a bundle; it is not replaced. Choose another name (-o)")
-    with atomic_folder(path, overwrite) as folder:
+    with contextlib.ExitStack() as held, atomic_folder(path, overwrite) as folder:
         yield folder
         if not (folder / MANIFEST).is_file():
             raise ContractError(f"no manifest was written for {path}")
+        if path.is_dir():  # nobody may be adding to the bundle that goes
+            held.enter_context(_locked(path))
 
 
 def _is_bundle(path: Path) -> bool:
@@ -268,6 +281,7 @@ def add_files(
     files: Mapping[str, Path],
     graphs: Sequence[GraphEntry] = (),
     drop: Callable[[GraphEntry], bool] = lambda graph: False,
+    fingerprint: str | None = None,
     **changes: Any,
 ) -> Bundle:
     """Adds files and graphs to an existing bundle as one change, under a lock.
@@ -276,11 +290,12 @@ def add_files(
              graphs that read it are no longer listed
     graphs   what is listed in addition
     drop     says of a listed graph that it goes; so do its files, where no other graph reads them
+    fingerprint  of the model that they are for: a bundle that was replaced by another model's meanwhile refuses them
     changes  fields of the manifest; a function is given the field's old value and returns the new one
 
-    New files are written whole before anything is changed, so a full disk leaves the bundle as it was. Then the
-    manifest forgets what is replaced or dropped, the files take their places, and the manifest that names them comes
-    last: a run that dies leaves a bundle that can be read. Errors: FormatError.
+    New files and the new manifest are written whole before anything is changed, so a full disk leaves the bundle as it
+    was. Then the manifest forgets what is replaced or dropped, the files take their places, and the manifest that names
+    them comes last: a run that dies leaves a bundle that can be read. Errors: FormatError.
     """
     for name, source in files.items():
         _safe_name(name, path)
@@ -288,25 +303,69 @@ def add_files(
             raise FormatError(f"cannot add {source} to {path}: expected a file and a bundle. Check both paths")
     if not path.is_dir():
         raise FormatError(f"{path} is no folder; expected a bundle written by rmt-export")
+    forgotten = False
     try:
-        with filelock.FileLock(path / LOCK, timeout=LOCK_SECONDS):
+        with _locked(path):
             old = Bundle(path).manifest
+            if fingerprint is not None and old.spec.fingerprint != fingerprint:
+                raise FormatError(
+                    f"{path} was replaced by another model's bundle meanwhile; nothing was added. Do it again"
+                )
             kept = _without(old, files, drop, path)
-            with contextlib.ExitStack() as places:  # each file is renamed to its place when the stack is left
+            with (
+                contextlib.ExitStack() as places
+            ):  # each file is renamed to its place when the stack is left, last first
+                last = places.enter_context(atomic_file(path / MANIFEST))
                 added = {name: _place(path, name, source, places) for name, source in files.items()}
+                values = {name: new(getattr(kept, name)) if callable(new) else new for name, new in changes.items()}
+                manifest = replace(kept, files={**kept.files, **added}, graphs=(*kept.graphs, *graphs), **values)
+                _check_uses(manifest.graphs, path)
+                last.write_bytes(manifest.to_json().encode())
+                sync(last)
                 if kept != old:
                     # A run that dies in between must not leave a file that its manifest contradicts.
                     write_file(path / MANIFEST, kept.to_json().encode())
-            values = {name: new(getattr(kept, name)) if callable(new) else new for name, new in changes.items()}
-            manifest = replace(kept, files={**kept.files, **added}, graphs=(*kept.graphs, *graphs), **values)
-            write_file(path / MANIFEST, manifest.to_json().encode())
+                    forgotten = True
             _remove(path, set(old.files) - set(manifest.files))
+    except (OSError, FormatError) as err:
+        if isinstance(err, FormatError) and not forgotten:
+            raise
+        what = f"{len(files)} files" if len(files) > 1 else ", ".join(files) or MANIFEST
+        left = "It lacks what was to be replaced: do it again" if forgotten else "The bundle is what it was"
+        raise FormatError(f"cannot add {what} to {path}: {getattr(err, 'strerror', None) or err}. {left}") from err
+    return Bundle(path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other writers off a bundle. Errors: FormatError, when one does not finish in a minute."""
+    lock = filelock.FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
     except filelock.Timeout as err:
         raise FormatError(f"{path} is being written by another process; try again when it is done") from err
     except OSError as err:
-        names = ", ".join(files) or MANIFEST
-        raise FormatError(f"cannot add {names} to {path}: {err.strerror or err}. The bundle is what it was") from err
-    return Bundle(path)
+        raise FormatError(
+            f"{path / LOCK} cannot be locked: {err.strerror or err}. The bundle is what it was; make its folder writable, "
+            f"and the lock a regular file"
+        ) from err
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_uses(graphs: Sequence[GraphEntry], where: Path) -> None:
+    """Errors: FormatError, when two graphs are for one and the same use: which of them runs would be chance."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for graph in graphs:
+        use = (graph.role, graph.engine, graph.dtype, graph.head, graph.min_batch)
+        if use in seen:
+            raise FormatError(
+                f"{where} names two graphs, {seen[use]!r} and {graph.file!r}, for engine '{graph.engine}', {graph.dtype}, "
+                f"role '{graph.role}', head '{graph.head}'. Leave one out, or export again"
+            )
+        seen[use] = graph.file
 
 
 def _without(old: Manifest, names: Collection[str], drop: Callable[[GraphEntry], bool], where: Path) -> Manifest:
@@ -326,7 +385,10 @@ def _without(old: Manifest, names: Collection[str], drop: Callable[[GraphEntry],
 def _place(path: Path, name: str, source: Path, places: contextlib.ExitStack) -> FileEntry:
     """Copies a file beside its place; leaving `places` renames it there."""
     target = path / name
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise cannot_write(target, err) from err
     if not target.parent.resolve().is_relative_to(path.resolve()) or target.is_symlink():
         raise FormatError(f"{target} leads out of the bundle through a link; nothing is written there. Remove the link")
     temporary = places.enter_context(atomic_file(target))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rmt_trt.errors import ContractError, FormatError
+
+_NUMBERS = itertools.count()
 
 
 def checked_path(path: object) -> Path:
@@ -45,7 +48,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     check_target(path)
     path = path.resolve() if path.is_symlink() else path
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    # One file may be written while another version of it waits for its turn: see `bundle.add_files`.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.{next(_NUMBERS)}.tmp")
     try:
         yield temporary
         sync(temporary)

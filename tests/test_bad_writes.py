@@ -24,7 +24,18 @@ import torch
 from torch import nn
 
 from rmt_trt import FormatError, RMTRuntime, StateSpec, StepSpec, bundle, files
-from rmt_trt.bundle import LOCK, MANIFEST, STEP, Bundle, GraphEntry, Manifest, add_file, new_bundle, write_manifest
+from rmt_trt.bundle import (
+    LOCK,
+    MANIFEST,
+    STEP,
+    Bundle,
+    GraphEntry,
+    Manifest,
+    add_file,
+    add_files,
+    new_bundle,
+    write_manifest,
+)
 from rmt_trt.export import ExportOptions, export_step_bundle
 
 DOCUMENT = np.arange(50) % 90 + 5
@@ -271,17 +282,17 @@ def test_two_processes_that_add_to_one_bundle_both_succeed(small: Path, tmp_path
     assert runs(small)
 
 
-# The process dies at the n-th time that a manifest would be written: by then the file itself is in place.
+# The process dies at the n-th time that a manifest would take its place: by the last the file itself is in place.
 ADD_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
 from rmt_trt import bundle
-write, left = bundle.write_file, int(sys.argv[3])
-def die(path, data):
+replace, left = os.replace, int(sys.argv[3])
+def die(source, target):
     global left
-    left -= 1
-    os.kill(os.getpid(), signal.SIGKILL) if left == 0 else write(path, data)
-bundle.write_file = die
+    left -= Path(target).name == bundle.MANIFEST
+    os.kill(os.getpid(), signal.SIGKILL) if left == 0 else replace(source, target)
+os.replace = die
 bundle.add_file(Path(sys.argv[1]), sys.argv[2], Path(__file__), bundle.GraphEntry(sys.argv[2], head="none"))
 """
 
@@ -295,7 +306,7 @@ def test_a_run_that_is_killed_before_the_manifest_leaves_a_readable_bundle(
     script = tmp_path / "die.py"
     script.write_text(ADD_AND_DIE)
     done = subprocess.run([sys.executable, str(script), str(small), name, str(times)], check=False)
-    replaced_once = name == "graphs/new.onnx" and times == 2  # a new file needs its manifest written once only
+    replaced_once = name == "graphs/new.onnx" and times == 2  # a new file takes one manifest only
     assert done.returncode == (0 if replaced_once else -signal.SIGKILL)
     after = Bundle(small)
     assert all(after.file(listed).is_file() for listed in after.manifest.files)
@@ -313,3 +324,77 @@ def test_a_replaced_file_takes_the_old_ones_graph_away(small: Path, tmp_path: Pa
     after = add_file(small, "graphs/none.onnx", tmp_path / "new.onnx", GraphEntry("graphs/none.onnx", head="last"))
     assert [graph.head for graph in after.manifest.graphs] == ["all", "last"]
     assert json.loads((small / MANIFEST).read_text())["graphs"][1]["file"] == "graphs/none.onnx"
+
+
+@pytest.mark.parametrize("times", range(1, 7))
+def test_a_disk_that_fills_up_at_any_write_leaves_the_graphs_that_were_there(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Nothing is written any more once the manifest has forgotten what is replaced: the new one lies ready."""
+    add_file(small, "graphs/none.onnx", small / STEP, GraphEntry("graphs/none.onnx", head="none"))
+    before = {path.name: path.read_bytes() for path in small.rglob("*") if path.is_file()}
+    (tmp_path / "new.onnx").write_bytes(b"another graph")
+    real, left = os.fsync, times
+
+    def fills_up(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0 and stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fills_up)
+        try:
+            add_file(small, "graphs/none.onnx", tmp_path / "new.onnx", GraphEntry("graphs/none.onnx", head="last"))
+        except FormatError as err:
+            assert "No space left on device" in str(err)  # noqa: PT017
+            done = "do it again" in str(err)
+        else:
+            done = True
+    if not done:
+        assert {path.name: path.read_bytes() for path in small.rglob("*") if path.is_file()} == before
+    assert runs(small)
+    assert not list(small.rglob("*.tmp"))
+
+
+def test_two_graphs_for_one_use_are_refused(small: Path) -> None:
+    before = (small / MANIFEST).read_bytes()
+    message = r"names two graphs, 'step\.onnx' and 'graphs/x\.onnx', for engine 'cpu', fp32, role 'step', head 'all'"
+    with pytest.raises(FormatError, match=message):
+        add_file(small, "graphs/x.onnx", small / STEP, GraphEntry("graphs/x.onnx"))
+    assert (small / MANIFEST).read_bytes() == before
+    value = json.loads(before)
+    value["graphs"] *= 2
+    (small / MANIFEST).write_text(json.dumps(value))
+    with pytest.raises(FormatError, match=r"names two graphs, 'step\.onnx' and 'step\.onnx', for engine 'cpu'"):
+        Bundle(small)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_lock_that_is_no_regular_file_is_not_written_through(small: Path, tmp_path: Path, kind: str) -> None:
+    (small / LOCK).unlink(missing_ok=True)
+    (tmp_path / "precious").write_text("keep")
+    if kind == "link":
+        (small / LOCK).symlink_to(tmp_path / "precious")
+    else:
+        (small / LOCK).mkdir()
+    with pytest.raises(FormatError, match=r"\.lock cannot be locked: .*the lock a regular file"):
+        add_file(small, "notes.txt", small / STEP)
+    assert (tmp_path / "precious").read_text() == "keep"
+    assert "notes.txt" not in names(small)
+
+
+def test_a_bundle_that_another_one_adds_to_is_not_replaced_meanwhile(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "LOCK_SECONDS", 0.2)
+    with filelock.FileLock(small / LOCK), pytest.raises(FormatError, match="being written by another process"):
+        export(small, overwrite=True)
+    assert runs(small)
+    assert names(small.parent) == {"model.rmt"}
+    export(small, overwrite=True)
+    assert Bundle(small).spec.form == "custom"
+    with pytest.raises(FormatError, match="was replaced by another model's bundle meanwhile; nothing was added"):
+        add_files(small, {"notes.txt": small / STEP}, fingerprint=models.made("bert").spec.fingerprint)
+    assert "notes.txt" not in names(small)
