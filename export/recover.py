@@ -56,12 +56,13 @@ def places_of(state: Mapping[str, torch.Tensor], graph: Mapping[str, Any]) -> st
     return json.dumps(places, sort_keys=True)
 
 
-def model_from_bundle(bundle: Bundle) -> RMTModel:
+def model_from_bundle(bundle: Bundle | Path | str) -> RMTModel:
     """The model that a bundle was exported from, in evaluation mode, its fingerprint compared.
 
     Errors: FormatError, when the bundle holds a step of the user's own, was written without the places of its weights,
     or does not give the weights that its fingerprint was taken of: the checkpoint is needed then.
     """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     manifest, where = bundle.manifest, bundle.path
     if manifest.model is None:
         raise FormatError(f"{where} holds a step of the user's own, whose PyTorch module no file describes")
@@ -130,6 +131,11 @@ def _weights(bundle: Bundle) -> dict[str, torch.Tensor]:
         ):  # the weights are copied into the model, so a view that cannot be written is fine
             warnings.simplefilter("ignore", UserWarning)
             tensor = torch.from_numpy(read[source])
+        if place.get("transposed") and tensor.ndim != 2:
+            raise FormatError(
+                f"{path} says that '{name}' is '{source}' transposed, which is no matrix: its shape is {tuple(tensor.shape)}. "
+                f"{CHECKPOINT_NEEDED}"
+            )
         weights[name] = tensor.T if place.get("transposed") else tensor
     held, claimed = sum(v.size for v in read.values()), sum(t.numel() for t in weights.values())
     if claimed > LARGEST_REUSE * held + REUSE_FREE:
@@ -166,7 +172,8 @@ def _values(tensor: onnx.TensorProto, files: Mapping[str, Path], where: Path) ->
     """A float32 initializer as a view of the file or of the parsed graph; every size is compared, none believed."""
     shape = tuple(tensor.dims)
     size = 4 * math.prod(shape)
-    if tensor.data_type != onnx.TensorProto.FLOAT or any(axis < 0 for axis in shape) or len(shape) > 8:
+    # No model has a weight without values, and numpy refuses shapes such as (0, 2**62).
+    if tensor.data_type != onnx.TensorProto.FLOAT or any(axis < 1 for axis in shape) or len(shape) > 8:
         raise FormatError(f"{where}: weight '{tensor.name}' is no float32 tensor of shape {shape}. {CHECKPOINT_NEEDED}")
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         facts = {entry.key: entry.value for entry in tensor.external_data}
@@ -177,8 +184,6 @@ def _values(tensor: onnx.TensorProto, files: Mapping[str, Path], where: Path) ->
             raise FormatError(
                 f"{where}: weight '{tensor.name}' does not stand where the graph says. Copy the bundle again"
             )
-        if not size:
-            return np.zeros(shape, np.float32)
         return np.memmap(file, "<f4", "r", offset, shape)
     if tensor.float_data and len(tensor.float_data) == size // 4:
         return np.array(tensor.float_data, np.float32).reshape(shape)

@@ -27,6 +27,7 @@ from rmt_trt.runtime.segments import cut
 # random weights 1.6e-3 and 1.4e-2. So some ten times that: what is wrong is off by far more, and what drifts further is
 # worth a look.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+MAX_SEGMENTS = 1 << 16  # the document and its report are held in memory
 # What a document is compared by: after every segment, its states in the spec's order and its logits.
 Reference = Callable[[np.ndarray], Iterable[tuple[tuple[np.ndarray, ...], np.ndarray]]]
 
@@ -142,9 +143,11 @@ def verify(
 
 
 def check_options(segments: int, tolerance: float | None) -> None:
-    """Errors: ContractError, for a number of segments below 2 or a tolerance that is not above 0."""
+    """Errors: ContractError, for a number of segments below 2 or beyond MAX_SEGMENTS, a tolerance that is not above 0."""
     if isinstance(segments, bool) or not isinstance(segments, int) or segments < 2:
         raise ContractError(f"segments is {segments!r}; expected at least 2, one of which is short")
+    if segments > MAX_SEGMENTS:
+        raise ContractError(f"segments is {segments}; a verification goes through {MAX_SEGMENTS} at most")
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
         raise ContractError(f"tolerance is {tolerance!r}; expected a number above 0 (--tolerance)")
 

@@ -19,7 +19,7 @@ from models import loaded, made
 from spoil import alter, put
 from steps import ONE_STATE, Plain
 
-from rmt_trt import FormatError
+from rmt_trt import ContractError, FormatError
 from rmt_trt.bundle import INITIAL, STEP, Bundle
 from rmt_trt.export import ExportOptions, export_model, export_step_bundle, model_from_bundle
 from rmt_trt.export.recover import WEIGHTS_KEY, places_of
@@ -101,6 +101,12 @@ def test_places_tell_equal_values_of_other_bits_apart_and_leave_out_what_is_lost
     assert (str(places["zero"]["value"]), str(places["minus"]["value"])) == ("0.0", "-0.0")
 
 
+def test_a_path_will_do_for_a_bundle() -> None:
+    assert_same(model_from_bundle(str(made("gpt2").bundle)), made("gpt2").model)
+    with pytest.raises(ContractError, match="the path is None; expected the path of a file or folder"):
+        model_from_bundle(None)  # type: ignore[arg-type]
+
+
 def test_a_step_of_ones_own_has_no_model_to_give(tmp_path: Path) -> None:
     export_step_bundle(Plain(), ONE_STATE, tmp_path / "plain.rmt", options=ExportOptions(segments=2))
     with pytest.raises(FormatError, match=r"plain\.rmt holds a step of the user's own, whose PyTorch module"):
@@ -143,6 +149,21 @@ def retype(model: Any, places: dict[str, Any]) -> None:
     tensor.data_type = onnx.TensorProto.INT32
 
 
+def reshape(*dims: int) -> Callable[[Any, dict[str, Any]], None]:
+    def change(model: Any, places: dict[str, Any]) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == places[MATRIX]["tensor"])
+        tensor.dims[:] = dims
+        if 0 in dims:
+            tensor.ClearField("raw_data")
+
+    return change
+
+
+def turn_a_cube(model: Any, places: dict[str, Any]) -> None:
+    reshape(1, 32, 128)(model, places)
+    places[MATRIX]["transposed"] = True
+
+
 def forget(model: Any, places: dict[str, Any]) -> None:
     del model.metadata_props[[entry.key for entry in model.metadata_props].index(WEIGHTS_KEY)]
 
@@ -153,6 +174,10 @@ SPOILED: dict[str, tuple[Callable[[Any, dict[str, Any]], object], str]] = {
     "an older graph": (forget, f"does not say where its weights stand: an older rmt-trt wrote it. {NEEDED}"),
     "bytes": (shorten, f"has not the 16384 bytes of its shape. {NEEDED}"),
     "type": (retype, "is no float32 tensor of shape"),
+    "no values in 2**62 rows": (reshape(0, 2**62), "is no float32 tensor of shape (0, 4611686018427387904)"),
+    "more values than memory": (reshape(2**32, 2**32), "has not the 73786976294838206464 bytes of its shape"),
+    "a shape below": (reshape(-32, -128), "is no float32 tensor of shape (-32, -128)"),
+    "a cube transposed": (turn_a_cube, "transposed, which is no matrix: its shape is (1, 32, 128)"),
     "a tensor that is not there": (lambda m, p: p.update({MATRIX: {"tensor": "x"}}), f"stands in 'x', which it lacks. {NEEDED}"),
     "another tensor": (lambda m, p: p.update({MATRIX: p[BIAS]}), "does not hold the model that its manifest describes"),
     "a weight missing": (lambda m, p: p.pop(MATRIX), "1 missing: transformer.h.0.mlp.c_fc.weight"),

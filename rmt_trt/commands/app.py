@@ -58,9 +58,14 @@ def run_command(name: str, app: typer.Typer) -> None:
 
 
 def _fail(name: str, message: str) -> NoReturn:
-    """One line, whatever a library or a file's name put into the message."""
-    print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    """One line that does not steer the terminal, whatever a library or a stranger's file put into the message."""
+    print(f"{name}: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
     raise SystemExit(1) from None
+
+
+def printable(text: object) -> str:
+    """Names and values of a stranger's file must not steer the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
 def console() -> Console:

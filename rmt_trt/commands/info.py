@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rmt_trt.bundle import REPORT, Bundle
-from rmt_trt.commands.app import Debug, Version, new_app, run_command
-from rmt_trt.commands.report import drift_table, graphs_table, printable
+from rmt_trt.commands.app import Debug, Version, new_app, printable, run_command
+from rmt_trt.commands.report import drift_table, graphs_table
 from rmt_trt.errors import FormatError
 from rmt_trt.runtime.engines import PREFERENCE, refusal
 from rmt_trt.runtime.source import Source, open_source

@@ -8,12 +8,15 @@ from typing import Any
 from rich.table import Table
 
 from rmt_trt.bundle import Bundle, GraphEntry, Manifest
+from rmt_trt.commands.app import printable
 
 
 def drift_table(report: Mapping[str, Any]) -> Table:
     """The errors after 1, 2, 4, 8, ... segments, of a report as `Report.to_json` gives it."""
     table = Table(
-        title=f"engine {report['engine']} ({report['dtype']}) against the {report['reference']}, relative L2 error",
+        title=printable(
+            f"engine {report['engine']} ({report['dtype']}) against the {report['reference']}, relative L2 error"
+        ),
         title_justify="left",
     )
     for name in ("segment", "tokens", "memory", "logits"):
@@ -22,7 +25,7 @@ def drift_table(report: Mapping[str, Any]) -> Table:
     for row in rows:
         number = row["segment"]
         if number & (number - 1) == 0 or row is rows[-1]:
-            table.add_row(str(number), str(row["tokens"]), _figure(row["memory"]), _figure(row["logits"]))
+            table.add_row(str(number), printable(row["tokens"])[:20], _figure(row["memory"]), _figure(row["logits"]))
     table.add_row("batch", "", _figure(report["batch_memory"]), _figure(report["batch_logits"]))
     effect = report["memory_effect"]
     verdict = "passed" if report["passed"] else "FAILED"
@@ -32,11 +35,6 @@ def drift_table(report: Mapping[str, Any]) -> Table:
     )
     table.caption_justify = "left"
     return table
-
-
-def printable(text: object) -> str:
-    """Names and values of a stranger's file must not steer the terminal."""
-    return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
 def graphs_table(bundle: Bundle) -> Table:
