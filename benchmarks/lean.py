@@ -1,4 +1,4 @@
-"""The step that the PyTorch peers run: a full segment and nothing else, laid out as `rmt_trt.model.step` does.
+"""The lean step of the PyTorch peers: a full segment and nothing else, laid out as `rmt_trt.model.step` does.
 
 No mask, no padding, no head, no pooler, special tokens embedded beforehand, weights and memory in one dtype: what a
 careful user would write by hand for full segments. Its memory is compared with the fp32 step's before it is timed.
@@ -45,16 +45,22 @@ AttentionInterface.register(ATTENTION["encoder"], _attention(causal=False))
 AttentionInterface.register(ATTENTION["decoder"], _attention(causal=True))
 
 
-def lean_backbone(model: RMTModel, dtype: str, device: torch.device | str) -> Any:
+def backbone_in(model: RMTModel, dtype: str, device: torch.device | str, attention: str) -> Any:
     """A copy of the backbone with its head: parameters in `dtype`, tables of rotary positions as they are."""
     backbone: Any = copy.deepcopy(model.backbone).eval()
-    backbone.set_attn_implementation(ATTENTION[model.config.form])
+    backbone.set_attn_implementation(attention)
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
         parameter.requires_grad_(False)
+    return backbone.to(device)
+
+
+def lean_backbone(model: RMTModel, dtype: str, device: torch.device | str) -> Any:
+    """The same without masks and pooler."""
+    backbone = backbone_in(model, dtype, device, ATTENTION[model.config.form])
     if getattr(backbone.base_model, "pooler", None) is not None:
         backbone.base_model.pooler = None
-    return backbone.to(device)
+    return backbone
 
 
 class LeanStep(nn.Module):

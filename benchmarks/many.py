@@ -46,14 +46,12 @@ def many(runtime: RMTRuntime, options: ManyOptions, results: Results, say: Calla
     """`run_many` of a list and of an iterator, and `run` of full batches of equal documents."""
     size = runtime.spec.segment_length
     counts = lengths(options)
-    pool = documents(runtime.spec, 1, (options.longest + options.count) * size)[0]
+    pool = documents(runtime.spec, 1, max(3, options.longest + options.count) * size)[0]
     texts = [pool[i * size : (i + int(count)) * size] for i, count in enumerate(counts)]
     per_batch = int(np.median(counts))
     equal = [pool[i * size : (i + per_batch) * size] for i in range(options.slots)]
 
-    runtime.run([text[: 4 * size] for text in equal], alignment="left")  # warm-up, and then of every number of slots
-    for _ in runtime.run_many([equal[0][: (3 + i) * size] for i in range(options.slots)], slots=options.slots):
-        pass
+    warm(runtime, options.slots, pool)
     say(f"{FULL_BATCHES}: {options.slots} documents of {per_batch} segments")
     timing = Timing.of([_seconds(lambda: runtime.run(equal, alignment="left")) for _ in range(3)])
     results.add(Row("many", FULL_BATCHES, options.slots, per_batch * size, per_batch, timing))
@@ -74,6 +72,21 @@ def many(runtime: RMTRuntime, options: ManyOptions, results: Results, say: Calla
                 "tokens_per_second": tokens / seconds,
             }
             results.add(Row("many", name, options.slots, values=values))
+
+
+def warm(runtime: RMTRuntime, slots: int, pool: np.ndarray) -> None:
+    """Visits every number of documents that a GPU engine captures for, in each kind of step that there is, so that none
+    is captured while the clock runs: full segments in a block, full last ones, short last ones. pool: ids (n,), n at
+    least 3 segments."""
+    size = runtime.spec.segment_length
+    for count in bucket_sizes(slots):
+        for tokens in (3 * size, 2 * size + 1):
+            runtime.run([pool[:tokens]] * count, alignment="left")
+
+
+def bucket_sizes(slots: int) -> list[int]:
+    """slots, and the powers of two below it, the largest first: an engine pads a number of documents to one of them."""
+    return [slots, *(1 << power for power in reversed(range((slots - 1).bit_length())))]
 
 
 def _each(texts: list[np.ndarray]) -> Iterator[np.ndarray]:

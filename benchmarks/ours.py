@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rmt_trt.benchmarks.machine import Meters
-from rmt_trt.benchmarks.plan import Plan, documents
+from rmt_trt.benchmarks.plan import CHECKED_SEGMENTS, Plan, documents
 from rmt_trt.benchmarks.rows import Results, Row
 from rmt_trt.benchmarks.timing import Effort, measure
 from rmt_trt.runtime import RMTRuntime
@@ -18,6 +20,11 @@ from rmt_trt.runtime import RMTRuntime
 OURS = "rmt-trt"
 ENERGY_SECONDS = 2.0  # the counter moves every tenth of a second or so
 MORE_TOKENS = 1000
+RUN_SECONDS = 0.12  # a run that compares engines takes at least about so long: what a run costs once then weighs little
+FEWEST_STEPS, FEWEST_SMALL_STEPS, MOST_STEPS = 32, 256, 4096
+SMALL_STEP = 1e-3  # seconds
+CPU_STEPS = 8  # there a step takes long beside all else
+PROBED = (8, 40)  # segments of the two runs by which a step is judged beforehand
 
 
 def load(bundle: Path, plan: Plan, meters: Meters, results: Results, max_batch: int) -> RMTRuntime:
@@ -41,6 +48,24 @@ def load(bundle: Path, plan: Plan, meters: Meters, results: Results, max_batch: 
     return runtime
 
 
+def choose_steps(runtime: RMTRuntime, plan: Plan, batch: int) -> int:
+    """Full segments in a run that compares engines at a batch size, at least CHECKED_SEGMENTS."""
+    if plan.steps is not None or not plan.gpu:
+        return max(plan.steps or CPU_STEPS, CHECKED_SEGMENTS)
+    size = runtime.spec.segment_length
+    few, more = (
+        measure(run_call(runtime, list(documents(runtime.spec, batch, count * size))), Effort(3, 1.0)).low
+        for count in PROBED
+    )
+    return steps_for(max(more - few, 1e-6) / (PROBED[1] - PROBED[0]))
+
+
+def steps_for(seconds: float) -> int:
+    """Segments of a run, by the seconds of a step."""
+    fewest = FEWEST_SMALL_STEPS if seconds < SMALL_STEP else FEWEST_STEPS
+    return min(MOST_STEPS, max(fewest, math.ceil(RUN_SECONDS / seconds)))
+
+
 def texts(segments: np.ndarray) -> Any:
     """Full segments (n, b, S) as a user has them: a list of b documents, or one document for b = 1."""
     rows = [np.ascontiguousarray(segments[:, i].reshape(-1)) for i in range(segments.shape[1])]
@@ -56,11 +81,18 @@ def memory_after(runtime: RMTRuntime, segments: np.ndarray) -> np.ndarray:
 def step_times(
     runtime: RMTRuntime, plan: Plan, segments: np.ndarray, error: float, meters: Meters, results: Results
 ) -> None:
-    """Full segments (n, b, S), as a user runs a batch of documents. error: of the memory, for the report."""
+    """Full segments (n, b, S), as a user runs a batch of documents. error: of the memory, for the report.
+
+    What a run costs once is what a run of one segment takes beyond a step; the head of the last segment is in it.
+    """
     steps, batch, size = segments.shape
-    given = texts(segments)
-    timing = measure(lambda: runtime.run(given, alignment="left"), plan.effort)
-    values: dict[str, Any] = {"error": error}
+    timing = measure(run_call(runtime, texts(segments)), plan.effort)
+    one = measure(run_call(runtime, texts(segments[:1])), Effort(50, plan.effort.seconds / 2)).median
+    values: dict[str, Any] = {
+        "error": error,
+        "one_segment_seconds": one,
+        "once_seconds": one - timing.median / steps,
+    }
     used = meters.device_bytes()
     if used is not None:
         values["device_bytes_in_use"] = used
@@ -82,11 +114,12 @@ def bare(runtime: RMTRuntime, plan: Plan, batch: int, steps: int, results: Resul
 def length_times(runtime: RMTRuntime, plan: Plan, meters: Meters, results: Results) -> None:
     """One document of each length, from its first token to the answer."""
     spec = runtime.spec
+    effort = replace(plan.effort, at_least=2) if plan.quick else plan.effort
     for tokens in plan.tokens:
         with results.attempt("length", OURS, tokens=tokens):
             document = documents(spec, 1, tokens)[0]
             short = document[: 64 * spec.segment_length]
-            timing = measure(run_call(runtime, document), plan.effort, warm=run_call(runtime, short))
+            timing = measure(run_call(runtime, document), effort, warm=run_call(runtime, short))
             values = {"host_bytes": meters.host_bytes()}
             used = meters.device_bytes()
             if used is not None:

@@ -1,7 +1,8 @@
-"""What a user could run instead, in PyTorch: the lean step eagerly, in a CUDA graph, compiled.
+"""What a user could run instead, in PyTorch: a step called plainly, in a CUDA graph, compiled.
 
-Each opener takes (step, memory, segments) on the device and gives a loop: `loop(n)` steps through the first n segments
-from the first memory, waits for the device and gives the memory. All segments lie on the device beforehand.
+Each opener takes (step, memory, segments, mode of torch.compile), tensors on the device, and gives a loop: `loop(n)`
+steps through the first n segments from the first memory, waits for the device and gives the memory. All segments lie
+on the device beforehand. A step gives the new memory, or it and logits, which are computed and let go.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 
-from rmt_trt.benchmarks.lean import LeanStep
-
+Step = Callable[[torch.Tensor, torch.Tensor], Any]
 Loop = Callable[[int], torch.Tensor]
+Opener = Callable[[Step, torch.Tensor, torch.Tensor, str], Loop]
 WARM_STEPS = 3
 
 
@@ -24,42 +25,42 @@ def wait(tensor: torch.Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def eager(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
+def eager(step: Step, memory: torch.Tensor, segments: torch.Tensor, mode: str) -> Loop:
     """Plain calls."""
     return _loop(step, memory, segments)
 
 
-def graph(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
+def graph(step: Step, memory: torch.Tensor, segments: torch.Tensor, mode: str) -> Loop:
     """The step captured once, its memory copied back inside the graph; a segment is copied in before each replay."""
     return _captured(step, memory, segments)
 
 
-def compiled(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
-    """torch.compile(mode="max-autotune"), with the CUDA graphs that it makes itself."""
-    fast = _compile(step, "max-autotune")
+def compiled_graph(step: Step, memory: torch.Tensor, segments: torch.Tensor, mode: str) -> Loop:
+    """torch.compile without CUDA graphs of its own, captured by hand, as `graph`."""
+    return _captured(_compile(step, "max-autotune-no-cudagraphs" if mode == "max-autotune" else mode), memory, segments)
+
+
+def compiled(step: Step, memory: torch.Tensor, segments: torch.Tensor, mode: str) -> Loop:
+    """torch.compile as it is; in mode "max-autotune" with the CUDA graphs that it makes itself."""
+    fast = _compile(step, mode)
 
     def call(current: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        output: torch.Tensor = fast(current, segment)
-        return output.clone()  # its own output is overwritten by the next call
+        return _memory(fast(current, segment)).clone()  # its own output is overwritten by the next call
 
     return _loop(call, memory, segments)
 
 
-def compiled_graph(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
-    """torch.compile(mode="max-autotune-no-cudagraphs") captured by hand, as `graph`."""
-    return _captured(_compile(step, "max-autotune-no-cudagraphs"), memory, segments)
-
-
-# Name in the report, of each variant of a peer; with --quick the first alone.
-TORCH_PEERS: dict[str, dict[str, Callable[[LeanStep, torch.Tensor, torch.Tensor], Loop]]] = {
-    "eager": {"PyTorch eager": eager},
-    "graph": {"PyTorch CUDA graph": graph},
-    "compile": {"torch.compile + CUDA graph": compiled_graph, "torch.compile max-autotune": compiled},
+# Of each way to run a step: its variants by the name in the report, COMPILE for the mode; with --quick the first alone.
+COMPILE = "torch.compile MODE"
+TORCH_PEERS: dict[str, dict[str, Opener]] = {
+    "eager": {"eager": eager},
+    "graph": {"CUDA graph": graph},
+    "compile": {f"{COMPILE} + CUDA graph": compiled_graph, COMPILE: compiled},
 }
 
 
-def _compile(step: LeanStep, mode: str) -> Any:
+def _compile(step: Step, mode: str) -> Any:
     """Compiled anew: what was compiled for another batch size would make this one's sizes variable."""
     torch._dynamo.reset()
     algorithms: Any = importlib.import_module("torch._inductor.select_algorithm")
@@ -67,14 +68,20 @@ def _compile(step: LeanStep, mode: str) -> Any:
     return torch.compile(step, mode=mode, dynamic=False)
 
 
-def _loop(call: Callable[[Any, Any], torch.Tensor], memory: torch.Tensor, segments: torch.Tensor) -> Loop:
+def _memory(found: Any) -> torch.Tensor:
+    """The new memory of what a step gave."""
+    memory: torch.Tensor = found[0] if isinstance(found, tuple) else found
+    return memory
+
+
+def _loop(call: Step, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
     rows = list(segments.unbind())
 
     @torch.inference_mode()
     def loop(count: int) -> torch.Tensor:
         current = memory
         for segment in rows[:count]:
-            current = call(current, segment)
+            current = _memory(call(current, segment))
         wait(current)
         return current
 
@@ -82,7 +89,7 @@ def _loop(call: Callable[[Any, Any], torch.Tensor], memory: torch.Tensor, segmen
 
 
 @torch.inference_mode()
-def _captured(call: Callable[[Any, Any], torch.Tensor], memory: torch.Tensor, segments: torch.Tensor) -> Loop:
+def _captured(call: Step, memory: torch.Tensor, segments: torch.Tensor) -> Loop:
     carried, fed, rows = memory.clone(), segments[0].clone(), list(segments.unbind())
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
@@ -93,7 +100,7 @@ def _captured(call: Callable[[Any, Any], torch.Tensor], memory: torch.Tensor, se
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
-        carried.copy_(call(carried, fed))
+        carried.copy_(_memory(call(carried, fed)))
 
     @torch.inference_mode()
     def loop(count: int) -> torch.Tensor:

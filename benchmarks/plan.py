@@ -10,8 +10,12 @@ from rmt_trt.benchmarks.timing import Effort
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError
 
-PEERS = ("eager", "graph", "compile", "ort", "full")
-CPU_PEERS = ("eager", "ort")
+PUBLISHED, LEAN = "published", "lean"  # the two steps that PyTorch is measured with, each in these ways
+WAYS = ("eager", "graph", "compile")
+GROUPS = {group: tuple(f"{group}-{way}" for way in WAYS) for group in (PUBLISHED, LEAN)}
+PEERS = (*GROUPS[PUBLISHED], *GROUPS[LEAN], "ort", "full")
+CPU_PEERS = (f"{PUBLISHED}-eager", f"{LEAN}-eager", "ort")
+COMPILE_MODES = ("default", "max-autotune")
 ENGINES = ("cpu", "cuda")
 COMPARED_DTYPES = ("fp32", "fp16", "bf16")
 CHECKED_SEGMENTS = 4  # after so many segments a peer's memory is compared with the fp32 step's
@@ -22,9 +26,10 @@ class Plan:
     """What is measured.
 
     batches, tokens  sizes of batches, and lengths of a document at batch 1
-    peers      of PEERS
-    steps      full segments in a run that compares engines; None takes as many as suit the device
-    quick      fewer repeats, shorter runs, the faster variant of each peer alone
+    peers      of PEERS, or names of GROUPS for all of a group that the device can run
+    steps      full segments in a run that compares engines; None takes as many as make a run long enough
+    quick      fewer repeats, the faster variant of each peer alone, the published step at the smallest batch alone
+    compile_mode   of torch.compile
     full_seconds   no pass of full attention that would take longer is begun
     """
 
@@ -33,7 +38,8 @@ class Plan:
     device: int = 0
     batches: tuple[int, ...] = (1, 8, 32)
     tokens: tuple[int, ...] = (4096, 65536, 1048576, 2000000)
-    peers: tuple[str, ...] = PEERS
+    peers: tuple[str, ...] = (PUBLISHED, LEAN, "ort", "full")
+    compile_mode: str = "max-autotune"
     repeat: int = 20
     steps: int | None = None
     threads: int | None = None
@@ -44,9 +50,14 @@ class Plan:
         for name, word, allowed in (("--engine", self.engine, ENGINES), ("--dtype", self.dtype, COMPARED_DTYPES)):
             if word not in allowed:
                 raise ContractError(f"{name} is {word!r}; expected one of {', '.join(allowed)}")
-        unknown = [peer for peer in self.peers if peer not in PEERS]
+        if self.compile_mode not in COMPILE_MODES:
+            raise ContractError(f"--compile-mode is {self.compile_mode!r}; expected one of {', '.join(COMPILE_MODES)}")
+        unknown = [peer for peer in self.peers if peer not in (*PEERS, *GROUPS)]
         if unknown:
-            raise ContractError(f"--peers names {unknown[0]!r}; expected some of {', '.join(PEERS)}, or none")
+            raise ContractError(
+                f"--peers names {unknown[0]!r}; expected some of {', '.join((*GROUPS, *PEERS))}, or none"
+            )
+        object.__setattr__(self, "peers", self._single(self.peers))
         if not self.gpu:
             senseless = [peer for peer in self.peers if peer not in CPU_PEERS]
             if senseless:
@@ -61,6 +72,14 @@ class Plan:
         for name, number in numbers.items():
             if number is not None and not number > 0:
                 raise ContractError(f"{name} is {number}; expected a number above 0")
+
+    def _single(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Groups replaced by their members, in the order of PEERS. A CPU has the plain calls alone."""
+        wanted: set[str] = set()
+        for name in names:
+            members = GROUPS.get(name, (name,))
+            wanted.update(members if self.gpu or name not in GROUPS else members[:1])
+        return tuple(peer for peer in PEERS if peer in wanted)
 
     @property
     def gpu(self) -> bool:
@@ -82,13 +101,9 @@ class Plan:
         """How often a measurement is repeated."""
         return Effort(min(self.repeat, 7), 1.0) if self.quick else Effort(self.repeat, 2.0)
 
-    def steps_at(self, batch: int) -> int:
-        """Full segments in a run that compares engines at a batch size."""
-        if self.steps is not None:
-            return max(self.steps, CHECKED_SEGMENTS)
-        if not self.gpu:
-            return 8
-        return max(32, (128 if self.quick else 256) // batch)
+    def variants(self, count: int) -> int:
+        """How many of a peer's variants are measured."""
+        return min(count, 1) if self.quick else count
 
 
 def allowed_ids(spec: StepSpec) -> np.ndarray:

@@ -23,6 +23,16 @@ class Ratio:
     times: float | None
     failed: str = ""
 
+    @property
+    def group(self) -> str:
+        """The group that the peer is a variant of."""
+        return self.name.split(": ")[0]
+
+    @property
+    def variant(self) -> str:
+        """Its name within the group."""
+        return self.name.split(": ")[-1]
+
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:
     """Every peer's step beside ours of the same batch size, by batch, the fastest peer first, failures last."""
@@ -43,6 +53,15 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
 def best_peer(rows: Sequence[Row], batch: int) -> Ratio | None:
     """The fastest peer at a batch size that ran, or None."""
     return next((one for one in ratios(rows) if one.batch == batch and one.seconds is not None), None)
+
+
+def best_of_groups(rows: Sequence[Row], batch: int) -> list[Ratio]:
+    """Of each group of peers its fastest variant that ran at a batch size, the fastest group first."""
+    best: dict[str, Ratio] = {}
+    for one in ratios(rows):
+        if one.batch == batch and one.seconds is not None:
+            best.setdefault(one.group, one)
+    return list(best.values())
 
 
 @dataclass(frozen=True)

@@ -3,46 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
-from rmt_trt.benchmarks.limits import MATRIX
+from rmt_trt.benchmarks import comparisons
 from rmt_trt.benchmarks.ours import OURS
-from rmt_trt.benchmarks.ratios import best_peer, full_attention, ratios
 from rmt_trt.benchmarks.rows import Row
+from rmt_trt.benchmarks.tables import Section, in_ms, in_s, markdown_table
 
 KERNEL_ROWS = 14
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table: title, names of columns, rows of text, and a line below it."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    note: str = ""
 
 
 def sections(head: dict[str, Any], rows: Sequence[Row]) -> list[Section]:
     """All that the rows say, sections without rows left out."""
     made = [
-        _ratios(rows), _ours(head, rows), _lengths(rows), _full(rows), _latencies(rows), _energy(rows), _many(rows), _limits(rows),
-        _drift(rows), _growth(rows), *_kernels(rows), _failures(rows),
+        comparisons.best(rows), comparisons.peers(rows), comparisons.steps(head, rows), comparisons.by_length(rows),
+        comparisons.full_passes(rows), _latencies(rows), _energy(rows), _many(rows), _limits(rows), _drift(rows),
+        _recall(rows), _growth(rows), *_kernels(rows), _missing(rows),
     ]  # fmt: skip
     return [section for section in made if section.rows]
-
-
-def screen_table(section: Section) -> Table:
-    """A section for the terminal."""
-    table = Table(title=section.title, title_justify="left", caption=section.note or None, caption_justify="left")
-    for number, name in enumerate(section.columns):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in section.rows:
-        table.add_row(*row)
-    return table
 
 
 def markdown(head: dict[str, Any], rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
@@ -61,113 +39,19 @@ def markdown(head: dict[str, Any], rows: Sequence[Row], plots: Sequence[str] = (
         f"{model.get('weights')}. A segment holds {model.get('segment_length')} tokens.", "",
     ]  # fmt: skip
     for section in sections(head, rows):
-        lines += [f"## {section.title}", "", "| " + " | ".join(section.columns) + " |"]
-        lines.append("|---|" + "---:|" * (len(section.columns) - 1))
-        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in section.rows]
-        lines += ["", *([section.note, ""] if section.note else [])]
+        lines += markdown_table(section)
     lines += [f"![{name}]({name})" for name in plots]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _ratios(rows: Sequence[Row]) -> Section:
-    found = [
-        (
-            f"{one.times:.2f} times as fast as {one.name}" if one.times else f"{one.name}: failed",
-            str(one.batch),
-            _ms(one.ours_seconds),
-            _ms(one.seconds),
-        )
-        for one in ratios(rows)
-    ]
-    note = "ms per step of the whole batch, full segments, medians; ours end to end through RMTRuntime.run."
-    return Section("Beside its peers", (OURS, "batch", "ours, ms", "peer, ms"), found, note)
-
-
-def _ours(head: dict[str, Any], rows: Sequence[Row]) -> Section:
-    """Every step that ran, with its spread, and shares of what the machine can do."""
-    flops = head.get("model", {}).get("flops_per_segment", 0)
-    dtype = head.get("model", {}).get("dtype")
-    peak = next(
-        (row.values["flops_per_second"] for row in rows if row.name == f"{MATRIX} {dtype}" and not row.failed), None
-    )
-    bare = {row.batch: row.per_segment for row in rows if row.kind == "bare" and row.per_segment}
-    found = []
-    for row in rows:
-        each = row.per_segment
-        if row.kind != "step" or each is None or row.timing is None:
-            continue
-        share = f"{row.batch * flops / each / peak:.1%}" if peak else ""
-        over = f"{each / bare[row.batch]:.3f}" if row.name == OURS and row.batch in bare else ""
-        spread = f"{1e3 * row.timing.p10 / row.segments:.3f} to {1e3 * row.timing.p90 / row.segments:.3f}"
-        found.append(
-            (
-                row.name, str(row.batch), _ms(each), spread, _ms(row.timing.p99 / row.segments),
-                f"{row.tokens_per_second or 0:,.0f}", share, over, f"{row.values.get('error', float('nan')):.1e}",
-            )
-        )  # fmt: skip
-    columns = (
-        "step", "batch", "ms, median", "p10 to p90", "p99", "tokens/s", "of matrix rate", "run / bare replay", "error"
-    )  # fmt: skip
-    note = "error: relative L2 distance of the memory after 4 segments from the fp32 step's."
-    return Section("Steps", columns, found, note)
-
-
-def _lengths(rows: Sequence[Row]) -> Section:
-    peer, full, found = best_peer(rows, 1), full_attention(rows), []
-    for row in rows:
-        if row.kind != "length" or row.timing is None:
-            continue
-        theirs = peer.seconds * row.segments if peer is not None and peer.seconds is not None else None
-        whole = full.at(row.tokens)
-        text = "" if whole is None else f"{_s(whole[0])}{' (extrapolated)' if whole[1] else ''}"
-        found.append(
-            (
-                f"{row.tokens:,}", _s(row.timing.median), f"{_s(row.timing.p10)} to {_s(row.timing.p90)}",
-                f"{row.tokens_per_second or 0:,.0f}", _s(theirs), text,
-                f"{whole[0] / row.timing.median:,.2f}" if whole is not None else "",
-                _bytes(row.values.get("device_bytes_in_use")), _bytes(row.values.get("host_bytes")),
-            )
-        )  # fmt: skip
-    name = "best peer" if peer is None else peer.name
-    columns = (
-        "tokens", "ours, s", "p10 to p90", "tokens/s", f"{name}, s (by segments)", "full attention, s", "full / ours",
-        "device in use", "host",
-    )  # fmt: skip
-    return Section("One document, batch 1", columns, found)
-
-
-def _full(rows: Sequence[Row]) -> Section:
-    full = full_attention(rows)
-    found = [
-        (
-            f"{row.tokens:,}",
-            _s(row.timing.median if row.timing else None),
-            _bytes(row.values.get("device_bytes")),
-            row.failed,
-        )
-        for row in rows
-        if row.kind == "full" and row.tokens
-    ]
-    where = "" if full.crossing is None else f"Ours is faster from {full.crossing:,.0f} tokens on. "
-    if full.crossing is not None and full.lengths and full.crossing <= min(full.lengths):
-        where = f"Ours is faster at every length that was measured, from {min(full.lengths):,} on. "
-    fitted = ""
-    if full.curve is not None:
-        fitted = (
-            f"Beyond the measured lengths: {full.curve.a:.3g} + {full.curve.b:.3g} n + {full.curve.c:.3g} n^2 seconds. "
-        )
-    note = f"{where}{fitted}The same backbone in one pass, FlashAttention, its table of positions tiled to the length."
-    return Section("Full attention", ("tokens", "seconds", "peak device memory", ""), found, note)
 
 
 def _latencies(rows: Sequence[Row]) -> Section:
     found = []
     for row in rows:
         if row.kind == "load" and not row.failed:
-            found.append(("load, to the first answer", _ms(row.values["first_answer_seconds"]), "", "", ""))
+            found.append(("load, to the first answer", in_ms(row.values["first_answer_seconds"]), "", "", ""))
         if row.kind == "latency" and row.timing is not None:
             t = row.timing
-            found.append((row.name, _ms(t.median), _ms(t.p90), _ms(t.p99), str(t.repeats)))
+            found.append((row.name, in_ms(t.median), in_ms(t.p90), in_ms(t.p99), str(t.repeats)))
     return Section("Latency", ("", "median, ms", "p90", "p99", "repeats"), found)
 
 
@@ -216,6 +100,22 @@ def _drift(rows: Sequence[Row]) -> Section:
     return Section("Drift of the memory from fp32", ("segments", *found), body if found else [])
 
 
+def _recall(rows: Sequence[Row]) -> Section:
+    found = {(row.segments, row.name): row.values for row in rows if _ok(row, "recall")}
+    dtypes = list(dict.fromkeys(dtype for _, dtype in found))
+    body = []
+    for segments in sorted({segments for segments, _ in found}):
+        cells = [f"{segments:,}"]
+        for dtype in dtypes:
+            values = found.get((segments, dtype))
+            cells += (
+                ["", ""] if values is None else [f"{values['right']} of {values['count']}", in_s(values["seconds"])]
+            )
+        body.append(tuple(cells))
+    columns = ("segments", *(name for dtype in dtypes for name in (dtype, f"{dtype}, s")))
+    return Section("Questions answered right", columns, body)
+
+
 def _growth(rows: Sequence[Row]) -> Section:
     found: list[tuple[str, ...]] = []
     for row in rows:
@@ -224,7 +124,7 @@ def _growth(rows: Sequence[Row]) -> Section:
                 device = entry["device_bytes"]
                 found.append(
                     (
-                        f"{entry['tokens']:,}", _ms(entry["seconds_per_segment"]),
+                        f"{entry['tokens']:,}", in_ms(entry["seconds_per_segment"]),
                         "" if device is None else f"{device:,}", f"{entry['host_bytes']:,}",
                     )
                 )  # fmt: skip
@@ -242,22 +142,10 @@ def _kernels(rows: Sequence[Row]) -> list[Section]:
     return made
 
 
-def _failures(rows: Sequence[Row]) -> Section:
+def _missing(rows: Sequence[Row]) -> Section:
     found = [(row.name, row.kind, str(row.batch), row.failed) for row in rows if row.failed]
-    return Section("What failed", ("", "measurement", "batch", "reason"), found)
+    return Section("What failed or was left out", ("", "measurement", "batch", "reason"), found)
 
 
 def _ok(row: Row, kind: str) -> bool:
     return row.kind == kind and not row.failed
-
-
-def _ms(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:,.3f}"
-
-
-def _s(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:,.4g}"
-
-
-def _bytes(count: float | None) -> str:
-    return "" if count is None else f"{count / 1e6:,.1f} MB"

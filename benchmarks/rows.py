@@ -11,18 +11,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmt_trt.benchmarks.timing import Timing
+from rmt_trt.errors import FormatError
 from rmt_trt.files import write_file
 
 Kind = Literal[
-    "load", "step", "length", "latency", "bare", "full", "limit", "many", "energy", "kernels", "drift", "growth"
+    "load",
+    "step",
+    "length",
+    "latency",
+    "bare",
+    "full",
+    "limit",
+    "many",
+    "energy",
+    "kernels",
+    "drift",
+    "growth",
+    "recall",
 ]
+LEFT_OUT = "left out: budget"  # the reason of a row that was not measured for want of time
 
 
 @dataclass(frozen=True)
 class Row:
     """One measurement.
 
-    kind      what was measured, `name` of what: "rmt-trt", "PyTorch eager", ...
+    kind      what was measured, `name` of what: "rmt-trt", "lean PyTorch: eager", ..., "GROUP: VARIANT" of a peer
     batch     documents stepped together
     tokens    of one document; `segments`: steps of the whole batch that `timing` covers
     values    further figures, by name with their unit at its end: "device_bytes", "error", ...
@@ -66,15 +80,26 @@ class Row:
         }
         return {key: item for key, item in value.items() if item not in (None, "", 0, {})}
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Row:
+        """Reads what `to_json` wrote."""
+        given = {
+            key: value[key]
+            for key in ("kind", "name", "batch", "tokens", "segments", "values", "failed", "note")
+            if key in value
+        }
+        return cls(**given, timing=Timing(**value["seconds"]) if "seconds" in value else None)
+
 
 class Results:
-    """The rows of a run, in `folder/results.json` after each that is added.
+    """The rows of a run, in `folder/results.json` after each that is added; without a folder they are kept alone.
 
     head  what the rows were measured with: machine, model, options
     """
 
-    def __init__(self, folder: Path, head: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path | None, head: dict[str, Any]) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.head = folder, head
         self.rows: list[Row] = []
 
@@ -85,6 +110,8 @@ class Results:
 
     def save(self) -> None:
         """Writes `results.json` whole. Errors: FormatError, when the folder cannot be written."""
+        if self.folder is None:
+            return
         value = self.head | {"rows": [row.to_json() for row in self.rows]}
         write_file(self.folder / "results.json", (json.dumps(_plain(value), indent=1) + "\n").encode())
 
@@ -99,6 +126,18 @@ class Results:
             yield
         except Exception as err:  # any library's, of any kind: a missing compiler, memory that does not suffice
             self.add(Row(kind, name, batch, tokens, failed=reason(err)))
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+    """(head, rows) of `folder/results.json`; nothing where there is none. Errors: FormatError for another file."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return {}, []
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value, [Row.from_json(row) for row in value.pop("rows")]
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise FormatError(f"{path} is no results file of rmt-bench: {reason(err)}") from err
 
 
 def reason(err: BaseException) -> str:

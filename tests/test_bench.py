@@ -24,6 +24,7 @@ from rmt_trt.benchmarks.limits import step_flops
 from rmt_trt.benchmarks.many import ManyOptions, lengths
 from rmt_trt.benchmarks.plan import Plan, documents
 from rmt_trt.benchmarks.presets import PRESETS, Prepared, prepare, preset_config
+from rmt_trt.benchmarks.published import PublishedStep
 from rmt_trt.benchmarks.ratios import best_peer, full_attention, ratios
 from rmt_trt.benchmarks.report import markdown, sections
 from rmt_trt.benchmarks.rows import Results, Row
@@ -36,6 +37,9 @@ from rmt_trt.model.backbone import build_backbone, position_capacity
 NO_PEERS = Plan(
     engine="cpu", dtype="fp32", batches=(1, 2), tokens=(30, 90), peers=(), repeat=1, steps=4, threads=1, quick=True
 )
+
+
+PUBLISHED_EAGER, LEAN_EAGER = "PyTorch, model as published: eager", "lean PyTorch: eager"
 
 
 def took(seconds: float) -> Timing:
@@ -172,8 +176,43 @@ def test_the_lean_step_gives_the_memory_of_the_models_own_step(name):
     size = model.config.segment_length
     segments = documents(model.config.spec(), 2, 5 * size).reshape(2, 5, size).transpose(1, 0, 2)
     memory = model.memory.detach()[None].expand(2, -1, -1).contiguous()
-    found = peers.eager(LeanStep(model, "fp32"), memory, torch.from_numpy(segments.copy()))(5)
+    found = peers.eager(LeanStep(model, "fp32"), memory, torch.from_numpy(segments.copy()), "default")(5)
     assert relative_error(found.numpy(), exact_memory(model, segments, "cpu")) < 1e-5
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.inference_mode()
+def test_the_published_step_gives_memory_and_logits_of_the_models_own_step(name):
+    model = make_model(name)
+    segment = torch.from_numpy(documents(model.config.spec(), 2, model.config.segment_length))
+    published = PublishedStep(model, "fp32")
+    wanted = found = model.memory.detach()[None].expand(2, -1, -1).contiguous()
+    for _ in range(3):
+        wanted, own = model(wanted, segment)
+        found, logits = published(found, segment)
+        assert relative_error(found.numpy(), wanted.numpy()) < 1e-5
+        assert relative_error(logits.numpy(), own.numpy()) < 1e-5
+    assert published.backbone.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_the_published_step_gives_the_backbone_a_mask_of_what_is_padding(name):
+    model = make_model(name)
+    config = model.config
+    segment = torch.from_numpy(documents(config.spec(), 2, config.segment_length))
+    published, masks = PublishedStep(model, "fp32"), []
+    published.backbone.register_forward_pre_hook(
+        lambda module, args, given: masks.append(given["attention_mask"]), with_kwargs=True
+    )
+    memory = model.memory.detach()[None].expand(2, -1, -1).contiguous()
+    published(memory, segment)
+    assert masks[0].shape == (2, config.positions)
+    assert masks[0].all()
+    if config.form == "encoder":
+        segment[1, -2:] = config.pad_id
+        published(memory, segment)
+        behind = len(config.suffix_ids)
+        assert (masks[1] == 0).nonzero().tolist() == [[1, config.positions - behind - left] for left in (2, 1)]
 
 
 @pytest.mark.parametrize(("name", "steps"), [("bert", 4), ("bert", 5), ("gpt2", 5), ("qwen2", 5)])
@@ -235,10 +274,10 @@ def test_a_preset_is_the_model_that_it_is_named_for(name, millions):
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_a_run_reports_ours_and_each_peer_at_each_size(name, tmp_path):
-    found = run(name, Plan(**{**vars(plan_with("eager", "ort")), "quick": False}), tmp_path)
+    found = run(name, Plan(**{**vars(plan_with("published", "lean", "ort")), "quick": False}), tmp_path)
     steps = {(row.name, row.batch) for row in found.of("step")}
-    both = ("rmt-trt", "PyTorch eager", "ONNX Runtime, opset 20", "ONNX Runtime, opset 23")
-    assert steps == {(peer, b) for peer in both for b in (1, 2)} | {("ONNX Runtime, step.onnx in fp32", 1)}
+    both = ("rmt-trt", PUBLISHED_EAGER, LEAN_EAGER, "ONNX Runtime: opset 20", "ONNX Runtime: opset 23")
+    assert steps == {(peer, b) for peer in both for b in (1, 2)} | {("ONNX Runtime: step.onnx in fp32", 1)}
     assert [row.tokens for row in found.of("length")] == [30, 90]
     assert [row.name for row in found.of("latency")] == ["one segment more", "1,000 tokens more"]
     assert all(not row.failed for row in found.rows), [row.failed for row in found.rows]
@@ -249,7 +288,9 @@ def test_a_run_reports_ours_and_each_peer_at_each_size(name, tmp_path):
     assert written["model"]["segment_length"] == made(name).spec.segment_length
     assert written["machine"]["versions"]["torch"] == torch.__version__
     text = (tmp_path / "out/results.md").read_text(encoding="utf-8")
-    assert "times as fast as PyTorch eager | 2 |" in text
+    assert f"times as fast as {LEAN_EAGER} | 2 |" in text
+    for group in ("PyTorch, model as published", "lean PyTorch", "ONNX Runtime"):
+        assert f"times as fast as {group}, best variant | 2 |" in text
     assert "![time_by_length.svg](time_by_length.svg)" in text
     assert (tmp_path / "out/throughput_by_batch.svg").stat().st_size > 1000
 
@@ -258,32 +299,33 @@ def test_a_peer_that_fails_becomes_a_row_with_its_reason_and_the_run_goes_on(tmp
     def broken(*_: object) -> object:
         raise OSError("no compiler here\nlong advice")
 
-    monkeypatch.setattr(peers, "TORCH_PEERS", {"graph": {"broken": broken}, "eager": {"PyTorch eager": peers.eager}})
-    monkeypatch.setattr(plan, "CPU_PEERS", ("graph", "eager"))
-    found = run("bert", plan_with("graph", "eager"), tmp_path)
+    monkeypatch.setitem(peers.TORCH_PEERS, "graph", {"broken": broken})
+    monkeypatch.setattr(plan, "CPU_PEERS", ("lean-graph", "lean-eager"))
+    found = run("bert", plan_with("lean-graph", "lean-eager"), tmp_path)
     failed = [(row.name, row.batch, row.failed) for row in found.of("step") if row.failed]
-    assert failed == [("broken", batch, "OSError: no compiler here") for batch in (1, 2)]
-    assert found.of("step", "PyTorch eager")[0].timing is not None
+    assert failed == [("lean PyTorch: broken", batch, "OSError: no compiler here") for batch in (1, 2)]
+    assert found.of("step", LEAN_EAGER)[0].timing is not None
     assert "no compiler here" in (tmp_path / "out/results.md").read_text(encoding="utf-8")
 
 
 def test_a_peer_whose_memory_is_wrong_is_no_peer(tmp_path, monkeypatch):
-    def forgetful(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor) -> peers.Loop:
+    def forgetful(step: LeanStep, memory: torch.Tensor, segments: torch.Tensor, mode: str) -> peers.Loop:
         return lambda count: step(memory, segments[count - 1])
 
     monkeypatch.setitem(peers.TORCH_PEERS, "eager", {"forgetful": forgetful})
-    found = run("bert", plan_with("eager"), tmp_path)
-    assert [row.timing for row in found.of("step", "forgetful")] == [None, None]
-    assert all("is off by" in row.failed for row in found.of("step", "forgetful"))
+    found = run("bert", plan_with("lean-eager"), tmp_path)
+    wrong = found.of("step", "lean PyTorch: forgetful")
+    assert [row.timing for row in wrong] == [None, None]
+    assert all("is off by" in row.failed for row in wrong)
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
     def interrupted(*_: object) -> object:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(peers.TORCH_PEERS, "eager", {"PyTorch eager": interrupted})
+    monkeypatch.setitem(peers.TORCH_PEERS, "eager", {"eager": interrupted})
     with pytest.raises(KeyboardInterrupt):
-        run("bert", plan_with("eager"), tmp_path)
+        run("bert", plan_with("lean-eager"), tmp_path)
     written = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
     assert {"load", "step", "length", "latency"} <= {row["kind"] for row in written["rows"]}
     assert (tmp_path / "out/results.md").is_file()
@@ -314,7 +356,13 @@ def test_many_drift_and_growth_are_reported(name, tmp_path):
     (growth,) = found.of("growth")
     assert [entry["tokens"] for entry in growth.values["table"]] == [40, 45, 900]
     titles = [section.title for section in sections(found.head, found.rows)]
-    assert titles == ["Latency", "Many documents", "Drift of the memory from fp32", "Growth", "What failed"]
+    assert titles == [
+        "Latency",
+        "Many documents",
+        "Drift of the memory from fp32",
+        "Growth",
+        "What failed or was left out",
+    ]
 
 
 def test_ours_is_held_to_the_same_tolerance(tmp_path, monkeypatch):
@@ -332,13 +380,13 @@ def test_the_report_names_machine_versions_and_command():
     }
     rows = [
         Row("limit", "matrix product fp16", values={"flops_per_second": 1e12}),
-        Row("step", "rmt-trt", 2, 100, 10, took(0.1), {"error": 1e-3}),
+        Row("step", "rmt-trt", 2, 100, 10, took(0.1), {"error": 1e-3, "once_seconds": 2e-4}),
         Row("bare", "rmt-trt", 2, 100, 10, took(0.08)),
     ]
     text = markdown(head, rows)
     assert "H1, driver 9, CUDA 13; rmt-trt 1" in text
     assert "    rmt-bench x.rmt" in text
-    assert "| 20.0% | 1.250 |" in text  # 2 x 1e9 operations in 10 ms of 1e12 a second; 10 ms by 8 ms
+    assert "| 20.0% | 1.250 | 0.200 |" in text  # 2 x 1e9 operations in 10 ms of 1e12 a second; 10 ms by 8 ms
 
 
 # Options.
@@ -349,7 +397,9 @@ def test_the_report_names_machine_versions_and_command():
     [
         ({"engine": "tpu"}, "--engine is 'tpu'; expected one of cpu, cuda"),
         ({"dtype": "fp8"}, "--dtype is 'fp8'; expected one of fp32, fp16, bf16"),
-        ({"peers": ("jax",)}, "--peers names 'jax'; expected some of eager"),
+        ({"peers": ("jax",)}, "--peers names 'jax'; expected some of published, lean, published-eager"),
+        ({"engine": "cpu", "peers": ("lean-compile",)}, "'lean-compile', which needs a GPU"),
+        ({"compile_mode": "fast"}, "--compile-mode is 'fast'; expected one of default, max-autotune"),
         ({"engine": "cpu", "peers": ("full",)}, "'full', which needs a GPU"),
         ({"batches": (0,)}, "--batch is '0'; expected whole numbers from 1 on"),
         ({"tokens": ()}, "--tokens is ''"),
