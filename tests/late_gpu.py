@@ -131,6 +131,12 @@ class LateMemory(Memory):
             self._stream.work.append(lambda: place.fill(NONSENSE))
 
 
+class Shared(np.ndarray):
+    """An array in device memory, which lives as long as the array (not as long as views of it)."""
+
+    buffer: LateMemory
+
+
 class LateGpu(HostGpu):
     """`rmt_trt.runtime.cuda.Gpu` over such streams."""
 
@@ -154,7 +160,9 @@ class LateGpu(HostGpu):
 
     def array(self, buffer: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         self.stream.sync()
-        return buffer.bytes.view(dtype).reshape(shape).copy()
+        shared = buffer.bytes.view(dtype).reshape(shape).view(Shared)
+        shared.buffer = buffer
+        return shared
 
 
 class LateSession(Session):

@@ -192,6 +192,14 @@ def test_answers_stay_on_the_device_as_dlpack(runtime: RMTRuntime) -> None:
     assert np.array_equal(logits[0].cpu().numpy(), wanted.logits)
 
 
+def test_answers_on_the_device_outlive_the_runtime() -> None:
+    with open_cuda(cuda_bundle("bert"), "fp32") as runtime:
+        tokens = random_document(runtime.spec, 3 * S + 7, 4)
+        wanted, found = runtime.run(tokens), runtime.run(tokens, on_device=True)
+    assert np.array_equal(torch.from_dlpack(found.memory)[0].cpu().numpy(), wanted.memory)
+    assert np.array_equal(torch.from_dlpack(found.logits)[0].cpu().numpy(), wanted.logits)
+
+
 def test_device_memory_does_not_grow_with_the_length(runtime: RMTRuntime) -> None:
     def free() -> int:
         torch.cuda.synchronize()

@@ -17,6 +17,7 @@ from models import S
 from rmt_trt import EngineError, RMTRuntime
 from rmt_trt.export.verify import random_document, relative_error
 from rmt_trt.runtime import cuda
+from rmt_trt.runtime.engines.cuda import GraphReplay
 
 LENGTHS = (9 * S + 3, 1, 13 * S, S + 1, 4 * S)
 SEEDS = range(6)
@@ -40,12 +41,12 @@ def worst(seed: int, documents: list[np.ndarray], memories: list[np.ndarray], wa
             found = {row: out.memory for row, out in runtime.run_many(documents, slots=2, alignment="left")}
         elif way == "on_device":
             many = runtime.run_many(documents, slots=2, alignment="left", on_device=True)
-            found = {row: out.memory[0] for row, out in many}
+            found = {row: out.memory for row, out in many}  # lies there while others are stepped
         else:
             stream = runtime.stream(documents, alignment="left", memory=True)
             for piece in stream:
                 found[piece.row] = piece.memory
-    return max(relative_error(found[row], memory) for row, memory in enumerate(memories))
+        return max(relative_error(found[row].reshape(memory.shape), memory) for row, memory in enumerate(memories))
 
 
 @pytest.mark.parametrize("way", ["run", "run_many", "on_device", "stream"])
@@ -54,6 +55,34 @@ def test_answers_do_not_depend_on_when_the_gpu_does_its_work(
     seed: int, way: str, wanted: tuple[list[np.ndarray], list[np.ndarray]]
 ) -> None:
     assert worst(seed, *wanted, way) <= 1e-5
+
+
+@pytest.mark.parametrize("error", [RuntimeError("launch failed"), KeyboardInterrupt()], ids=["failure", "ctrl-c"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_step_that_breaks_off_leaves_earlier_states_and_later_runs_alone(
+    seed: int,
+    error: BaseException,
+    wanted: tuple[list[np.ndarray], list[np.ndarray]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    documents, memories = wanted
+    with late_gpu(seed), RMTRuntime(cuda_bundle("bert"), engine="cuda") as runtime:
+        kept = runtime.run(documents[0], alignment="left", on_device=True)
+        left, run = [7], GraphReplay.run
+
+        def breaking(replay: GraphReplay, side: int) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise error
+            run(replay, side)
+
+        monkeypatch.setattr(GraphReplay, "run", breaking)
+        with pytest.raises(EngineError if isinstance(error, RuntimeError) else KeyboardInterrupt):
+            runtime.run(documents[2], alignment="left")
+        assert left == [0]
+        for tokens, memory in zip(documents, memories, strict=True):
+            assert relative_error(runtime.run(tokens, alignment="left").memory, memory) <= 1e-5
+        assert relative_error(kept.memory.reshape(memories[0].shape), memories[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("missing", ["wait of the copies", "wait of the steps", "wait of the host"])
