@@ -21,9 +21,7 @@ from rmt_trt.runtime.reading import Reading
 from rmt_trt.runtime.track import Arrays, Track, fetch_finite, lay_out
 
 BLOCK = 64  # segments of a block at the most
-FIRST_BLOCK = (
-    2  # of the first one; each takes twice as many, so that the engine need not wait for the whole first block
-)
+FIRST_BLOCK = 2  # of the first one; each takes twice as many, so that an engine does not wait long for its first tokens
 BLOCK_BYTES = 4 << 20  # of a block's tokens, unless one segment of every slot takes more
 
 
