@@ -17,6 +17,7 @@ ROOMS = {
     "rmt_trt.commands": "rmt_trt/commands",
     "rmt_trt.export": "export",
     "rmt_trt.export.fused": "export/fused",
+    "rmt_trt.export.tensorrt": "export/tensorrt",
     "rmt_trt.runtime": "runtime",
     "rmt_trt.runtime.engines": "runtime/engines",
     "rmt_trt.calibration": "calibration",
@@ -34,7 +35,7 @@ EXTRAS = {
     "gpu": ["onnxruntime-gpu>=1.24.4", "cuda-core>=1.0", *TEXT],
     "tensorrt": ["tensorrt>=10.14", "cuda-core>=1.0", *TEXT],
     "tensorrt-lean": ["tensorrt-lean-cu13>=10.14", "cuda-core>=1.0", *TEXT],
-    "tensorrt-rtx": ["tensorrt-rtx>=1.3", "cuda-core>=1.0", *TEXT],
+    "tensorrt-rtx": ["tensorrt-rtx>=1.4", "cuda-core>=1.0", *TEXT],
     "train": MODEL,
     # Beside the extra of the engine that is measured: the GPU's and the CPU's ONNX Runtime exclude each other.
     "bench": [*MODEL, "onnx>=1.19", "onnxscript>=0.6", "matplotlib>=3.8", "nvidia-ml-py>=12"],
@@ -48,9 +49,10 @@ EXTRAS["dev"] = [
     "ruff>=0.9",
     "mypy>=1.14",
     "setuptools>=77",
+    "tensorrt-rtx>=1.4",  # builds engines without a GPU; the tests run none
 ]
 
-COMMANDS = ["export", "run", "info", "verify", "train", "bench"]
+COMMANDS = ["export", "build", "run", "info", "verify", "train", "bench"]
 
 setup(
     name="rmt-trt",
