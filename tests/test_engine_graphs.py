@@ -27,6 +27,7 @@ from steps import ONE_STATE, TWO_STATES, VOCAB, GatedStep, Plain, left_in
 from rmt_trt import ContractError, FormatError, RMTRuntime, VerificationError
 from rmt_trt.bundle import LOCK, MANIFEST, STEP, Bundle, GraphEntry, add_files
 from rmt_trt.commands import export, info, verify
+from rmt_trt.contract import HEADS
 from rmt_trt.export import (
     EngineOptions,
     ExportOptions,
@@ -34,6 +35,7 @@ from rmt_trt.export import (
     engine_graphs,
     export_step,
     export_step_bundle,
+    graph_check,
 )
 from rmt_trt.export.fused import CannotFuse
 from rmt_trt.export.graph_check import check_graphs
@@ -290,6 +292,21 @@ def test_a_check_finds_a_graph_that_changes_the_states_of_a_row_of_padding(tmp_p
         check_graphs([entry], tmp_path, ONE_STATE, values, reference, 4, 1e-2)
 
 
+def test_of_several_graphs_for_one_use_the_largest_error_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.make_model("gpt2")
+    entry = GraphEntry("one.onnx", "full", "cuda", "fp32", "none", 20)
+    errors = {"one.onnx": [1e-6, 9e-5], "from-8.onnx": [1e-6, 2e-6]}
+    monkeypatch.setattr(graph_check, "_session", lambda path: None)
+    monkeypatch.setattr(graph_check, "_run", lambda session, entry, *rest: iter(errors[entry.file]))
+    check = check_graphs(
+        [entry, replace(entry, file="from-8.onnx", min_batch=8)],
+        tmp_path, model.config.spec("f" * 64), [model.memory.detach().numpy()], model_reference(model), 2, 1e-4,
+    )  # fmt: skip
+    assert check.worst == {"full none": 9e-5}
+
+
 @pytest.mark.parametrize("alignment", ["right", "center"])
 def test_a_check_goes_through_full_and_short_segments_whatever_the_alignment(tmp_path: Path, alignment: Any) -> None:
     model = models.make_model("gpt2", alignment=alignment)
@@ -300,9 +317,10 @@ def test_a_check_goes_through_full_and_short_segments_whatever_the_alignment(tmp
         graphs.entries, tmp_path, spec, [model.memory.detach().numpy()], model_reference(model), 4, 1e-4,
         lambda done, total: calls.append((done, total)),
     )  # fmt: skip
-    assert len(check.worst) == len(graphs.entries) == 8
+    assert len(graphs.entries) == 12
+    assert set(check.worst) == {f"{role} {head}" for role in ("full", "step") for head in HEADS}
     assert all(0 < error <= 1e-4 for error in check.worst.values())
-    assert calls[-1] == (32, 32)
+    assert calls[-1] == (48, 48)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
@@ -470,7 +488,7 @@ def test_the_commands_from_a_checkpoint_to_its_graphs(
     said = capsys.readouterr().err
     assert "cuda fp16: fused: 2 attention, 2 bias+gelu, 4 skip-norm" in said
     assert "checked on the CPU provider in fp32: largest error" in said
-    assert "model.rmt: 8 graphs, " in said
+    assert "model.rmt: 12 graphs, " in said
     (tmp_path / "model.pt").unlink()  # from here on the bundle speaks for itself
     assert run(export.main, monkeypatch, bundle, "--engine", "cuda", "--dtype", "bf16", "--plain", *few) == 0
     assert "cuda bf16: exported plainly: asked for" in capsys.readouterr().err
