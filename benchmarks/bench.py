@@ -222,6 +222,7 @@ def _kernels(run: Run, peers: list[Candidate], batch: int) -> None:
             with results.attempt("kernels", peer.name, batch):
                 with quiet(run.work):
                     loop = peer.open(batch)
+                    loop(1)  # what compiles at its first call
                 kernels(peer.name, functools.partial(loop, KERNEL_STEPS), batch, KERNEL_STEPS, results)
 
 
