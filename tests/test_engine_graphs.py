@@ -362,7 +362,7 @@ def test_progress_goes_through_the_stages(bundle: Path) -> None:
         "check",
     ]
     assert all(0 <= done <= total for _, done, total in calls)
-    assert ("check", 24, 24) in calls
+    assert ("check", 36, 36) in calls
 
 
 def full_disk(*args: Any, **options: Any) -> Any:
