@@ -44,7 +44,7 @@ def flavour_of(engine: str, options: BuildOptions) -> Flavour:
     if flavour.ahead_of_time:
         # Both were tried with 1.7.1: a timing cache does nothing, and a version-compatible build wants a library
         # (libnvinfer_lean) that TensorRT-RTX does not come with.
-        given = {"a timing cache": options.timing_cache, "version compatibility": options.version_compatible}
+        given = {"timing cache": options.timing_cache, "version compatibility": options.version_compatible}
         for name, value in given.items():
             if value:
                 raise ContractError(f"{flavour.title} has no {name}. Leave it out, or build with --engine tensorrt")

@@ -102,22 +102,29 @@ def interruptible(work: Callable[[], Result], stop: threading.Event) -> Result:
     """
     outcome: list[Result] = []
     failure: list[BaseException] = []
+    ended = threading.Event()
 
     def body() -> None:
         try:
             outcome.append(work())
         except BaseException as err:  # raised again in the caller's thread
             failure.append(err)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=body, name="rmt-build", daemon=True)
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(WAIT_SECONDS)  # in pieces: a signal's handler runs between them
+        # Not `join`, which marks a thread as ended when Ctrl-C comes, as of Python 3.11, although it runs on. In pieces,
+        # so that a signal's handler runs between them.
+        while not ended.wait(WAIT_SECONDS):
+            pass
     except KeyboardInterrupt:
         stop.set()
+        ended.wait()
         thread.join()
         raise
+    thread.join()
     if failure:
         raise failure[0]
     return outcome[0]
