@@ -353,6 +353,57 @@ def test_tensorrt_builds_for_the_gpu_that_is_there_and_no_other(monkeypatch: pyt
         flavours.capabilities(full, None, BuildOptions((89, 120)))
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU of compute capability 8.9, as far as the code before the library can tell."""
+    monkeypatch.setattr(flavours.cuda, "refusal", lambda device: None)
+    monkeypatch.setattr(flavours, "_capability", lambda device: 89)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
+def test_the_way_of_tensorrt_is_gone_with_the_other_library_in_its_place(
+    gated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT needs a GPU to build. Its whole way is the other flavour's but for the choice of the GPU."""
+    stand_in = dataclasses.replace(flavours.FLAVOURS["tensorrt"], module="tensorrt_rtx", oldest=(1, 4))
+    monkeypatch.setitem(flavours.FLAVOURS, "tensorrt", stand_in)
+    chosen: list[Any] = []
+    monkeypatch.setattr(flavours, "prepare", lambda flavour, options: chosen.append((flavour, options.device)))
+    monkeypatch.setattr(flavours, "target", lambda flavour, *rest, real=flavours.target: real(RTX, *rest))
+    path, cache = Path(shutil.copytree(gated, tmp_path / "gated.rmt")), tmp_path / "times.cache"
+    options = BuildOptions(timing_cache=cache, optimization_level=3, workspace_mib=1024, device=1)
+    built = add_engine(path, "tensorrt", "fp32", options)
+    assert chosen == [(stand_in, 1)]
+    assert built.file == "engines/tensorrt-fp32-sm89-b8.engine"
+    assert built.record.compute_capabilities == (89,)
+    assert cache.stat().st_size > 0
+    add_engine(path, "tensorrt", "fp32", options)
+    cache.unlink()
+    cache.mkdir()
+    with pytest.raises(FormatError, match="expected a timing cache of TensorRT"):
+        add_engine(path, "tensorrt", "fp32", options)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_engine_without_weights_keeps_the_graph_that_has_them(
+    gated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag itself needs a GPU's driver, so the builder is not told of it here; what goes into the bundle is real."""
+    path = Path(shutil.copytree(gated, tmp_path / "gated.rmt"))
+    monkeypatch.setattr(builder, "_configure", lambda *_: None)
+    options = BuildOptions((89,), strip_weights=True, check_segments=0)
+    built = add_engine(path, dtype="fp16", options=options, model=GatedStep())
+    assert built.record.stripped
+    name = "graphs/tensorrt-rtx-fp16-step-all.onnx"
+    assert built.record.graph == {"file": name, "sha256": sha256(path / name)}
+    entry = Bundle(path).graph("tensorrt-rtx", "fp16")
+    assert entry is not None
+    assert Bundle(path).graph_path(entry) == path / name
+    again = add_engine(path, dtype="fp16", options=options)  # from the graph that is there: no module is needed
+    assert again.record.graph == built.record.graph
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
