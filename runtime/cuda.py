@@ -6,6 +6,7 @@ Nothing here allocates per segment. Work is enqueued on streams of our own, neve
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +17,10 @@ from rmt_trt.errors import EngineError, RMTError, TokenError, require
 
 CUDA_DEVICE, CUDA_MANAGED = 2, 13  # DLDeviceType of the DLPack header
 ALIGNMENT = 256
+SCRATCH_BYTES = 64 << 20  # what is kept of page-locked memory; an answer that is larger gets its own
+# ONNX Runtime captures graphs in CUDA's global mode, in which an allocation in any thread of the process spoils a capture:
+# ours wait for it. Those of other libraries cannot be made to.
+CAPTURING = threading.RLock()
 
 
 def library() -> Any:
@@ -71,7 +76,7 @@ def to_host(array: Any) -> np.ndarray:
             f"them to the host yourself"
         )
     gpu = library().Device(index)
-    with made_current(gpu):
+    with made_current(gpu), CAPTURING:
         return _fetched(array, gpu.create_stream())
 
 
@@ -171,9 +176,8 @@ class Gpu:
         """(buffer, view) of page-locked host memory: an array that the GPU copies from and to by itself."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
-        with saying(
-            f"the driver gave no {nbytes} bytes of page-locked host memory. Step fewer documents together (max_batch, slots)"
-        ):
+        short = f"the driver gave no {nbytes} bytes of page-locked host memory"
+        with CAPTURING, saying(f"{short}. Step fewer documents together (max_batch, slots)"):
             buffer = self._pinned.allocate(nbytes)
         return buffer, np.from_dlpack(buffer).view(dtype).reshape(shape)
 
@@ -181,31 +185,37 @@ class Gpu:
         """Each array in a buffer of its own; waits until it is there."""
         self.wait()  # what was broken off may still be on its way into the scratch memory
         made = [self.allocate(value.nbytes) for value in values]
-        for value, buffer, (start, view) in zip(values, made, self._places(values), strict=True):
+        pinned, places = self._places(values)
+        for value, buffer, (start, view) in zip(values, made, places, strict=True):
             view[...] = value.reshape(-1).view(np.uint8)
-            self.copy(self._scratch[0], buffer, value.nbytes, start)
+            self.copy(pinned, buffer, value.nbytes, start)
         self.wait()
         return made
 
     def to_host(self, wanted: list[tuple[Any, tuple[int, ...], Any]]) -> list[np.ndarray]:
         """Host arrays of (buffer, shape, dtype), which the caller owns; one wait for all."""
         found = [np.empty(shape, dtype) for _, shape, dtype in wanted]
-        places = self._places(found)
+        pinned, places = self._places(found)
         for (buffer, _, _), value, (start, _) in zip(wanted, found, places, strict=True):
-            self.copy(buffer, self._scratch[0], value.nbytes, 0, start)
+            self.copy(buffer, pinned, value.nbytes, 0, start)
         self.wait()
         for value, (_, view) in zip(found, places, strict=True):
             value.reshape(-1).view(np.uint8)[...] = view
         return found
 
-    def _places(self, arrays: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
-        """(start, bytes) of each array in the scratch memory, which is page-locked and kept: to lock pages takes longer
-        than to copy them."""
+    def _places(self, arrays: list[np.ndarray]) -> tuple[Any, list[tuple[int, np.ndarray]]]:
+        """Page-locked memory, and (start, bytes) of each array in it. It is kept for the next call up to some size: to lock
+        pages takes longer than to copy them."""
         sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
-        if sum(sizes) > len(self._scratch[1]):
-            self._scratch = self.pinned((1 << (sum(sizes) - 1).bit_length(),), np.uint8)
+        scratch = self._scratch
+        if sum(sizes) > len(scratch[1]):
+            scratch = self.pinned((1 << (sum(sizes) - 1).bit_length(),), np.uint8)
+            if len(scratch[1]) <= SCRATCH_BYTES:
+                self._scratch = scratch
         starts = [sum(sizes[:number]) for number in range(len(sizes))]
-        return [(start, self._scratch[1][start : start + a.nbytes]) for start, a in zip(starts, arrays, strict=True)]
+        return scratch[0], [
+            (start, scratch[1][start : start + a.nbytes]) for start, a in zip(starts, arrays, strict=True)
+        ]
 
     def part(self, buffer: Any, start: int, nbytes: int) -> Any:
         """Some bytes of a buffer, which stays alive with them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,7 +128,10 @@ class Binding:
 
 
 class Session:
-    """A graph on the CPU provider behind the part of an ONNX Runtime session that the engine uses."""
+    """A graph on the CPU provider behind the part of an ONNX Runtime session that the engine uses.
+
+    threads  that have run it: a real one keeps its captured graphs for each
+    """
 
     def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
@@ -135,6 +139,7 @@ class Session:
         options.intra_op_num_threads = 1
         self._inner = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._graphs: dict[str, Binding] = {}
+        self.threads: set[int] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -143,6 +148,7 @@ class Session:
         return Binding()
 
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
+        self.threads.add(threading.get_ident())
         number = options.get_run_config_entry("gpu_graph_id")
         known = self._graphs.setdefault(number, binding)
         assert known is binding, f"graph {number} was captured with other addresses"

@@ -6,6 +6,7 @@ What every engine must do is in test_conformance.py, where this stand-in takes p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -100,6 +101,16 @@ def test_an_engine_that_fails_in_a_block_leaves_earlier_states_alone(monkeypatch
                 engine.steps(first, segments)
         assert np.array_equal(engine.fetch(first)[0], before)
         assert np.array_equal(engine.fetch(engine.steps(first, segments))[0], wanted)
+
+
+def test_one_thread_runs_all_graphs_whoever_calls() -> None:
+    with open_cuda(cuda_bundle("bert"), "fp32") as runtime:
+        tokens = random_document(runtime.spec, 3 * S + 1, 3)
+        with ThreadPoolExecutor(3) as callers:
+            for out in callers.map(runtime.run, [tokens] * 6):
+                assert np.array_equal(out.memory, runtime.run(tokens).memory)
+        used = [session.threads for session in engine_of(runtime)._sessions.values()]
+        assert len(set.union(*used)) == 1
 
 
 def test_the_best_engine_is_taken_and_named() -> None:

@@ -7,11 +7,15 @@ waits only where logits or states are asked for.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
 
@@ -79,6 +83,21 @@ def _dtype(bundle: Bundle, dtype: str | None) -> str | None:
     return next((name for name in (DTYPES if dtype is None else (dtype,)) if name in made), None)
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_worker(method: Callable[Concatenate[CudaEngine, P], R]) -> Callable[Concatenate[CudaEngine, P], R]:
+    """Runs a method on the engine's own thread and waits for it: ONNX Runtime keeps captured graphs, and handles of CUDA's
+    libraries, for each thread that calls it, until the session ends."""
+
+    @functools.wraps(method)
+    def call(self: CudaEngine, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._worker.submit(method, self, *args, **kwargs).result()
+
+    return call
+
+
 @dataclass(eq=False)
 class GraphReplay:
     """A session on a bucket: bindings and run options from A to B and back, each captured as a CUDA graph."""
@@ -100,7 +119,6 @@ class CudaEngine:
     def __init__(self, bundle: Bundle, dtype: str, device: int) -> None:
         self.dtype = dtype
         self._bundle, self._spec = bundle, bundle.spec
-        self._gpu = cuda.Gpu(device)
         self._graphs = {
             (g.role, cast(Head, g.head), g.min_batch): g
             for g in bundle.manifest.graphs
@@ -109,22 +127,35 @@ class CudaEngine:
         self._sessions: dict[Key, Any] = {}
         self._buckets: dict[int, Bucket] = {}
         self._captures = 0
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rmt-trt-cuda")
+        try:
+            self._open(device)
+        except BaseException:
+            self._worker.shutdown()
+            raise
+
+    @on_worker
+    def _open(self, device: int) -> None:
+        self._gpu = cuda.Gpu(device)
         with self._gpu.current():
             # What a plain run of one document uses, so that the first one is not slower than the others.
             for key in (self._key("full", "none", 1), self._key("step", "last", 1)):
                 self._replay(self._bucket(1), key)
 
+    @on_worker
     def load(self, states: tuple[np.ndarray, ...]) -> States:
         with self._gpu.current():
             values = [np.ascontiguousarray(v, spec.dtype) for v, spec in zip(states, self._spec.states, strict=True)]
             return States(len(values[0]), tuple(self._gpu.to_device(values)))
 
+    @on_worker
     def fetch(self, states: States) -> tuple[np.ndarray, ...]:
         with self._gpu.current():
             shapes = [((states.batch, *state.shape), state.dtype) for state in self._spec.states]
             pairs = zip(states.buffers, shapes, strict=True)
             return tuple(self._gpu.to_host([(buffer, *shape) for buffer, shape in pairs]))
 
+    @on_worker
     def share(self, states: States) -> tuple[Any, ...]:
         with self._gpu.current():
             return tuple(
@@ -132,6 +163,7 @@ class CudaEngine:
                 for buffer, state in zip(states.buffers, self._spec.states, strict=True)
             )
 
+    @on_worker
     def take(self, parts: Sequence[States], rows: np.ndarray) -> States:
         with self._gpu.current():
             origin = [(part, row) for part in parts for row in range(part.batch)]
@@ -141,6 +173,7 @@ class CudaEngine:
                     self._gpu.copy(source, target, count * size, first * size, place * size)
             return made
 
+    @on_worker
     def step(self, states: States, segment: np.ndarray, head: Head, host: bool = True) -> tuple[States, Answer | None]:
         with self._gpu.current():
             batch, length = segment.shape
@@ -152,11 +185,13 @@ class CudaEngine:
             new = self._through(bucket, replay, states, padded)
             return new, self._answer(replay, segment, head, host)
 
+    @on_worker
     def steps(self, states: States, segments: np.ndarray) -> States:
         with self._gpu.current():
             bucket = self._bucket(segments.shape[1])
             return self._through(bucket, self._replay(bucket, self._key("full", "none", bucket.size)), states, segments)
 
+    @on_worker
     def replay(self, batch: int, steps: int) -> None:
         """Replays the graphs of full segments alone, from A to B and back, and waits: what the driver is measured by."""
         with self._gpu.current():
@@ -167,19 +202,30 @@ class CudaEngine:
             self._gpu.wait()
 
     def close(self) -> None:
-        """Captured graphs go before the sessions, these before the memory that they were bound to."""
+        try:
+            self._release()
+        finally:
+            self._worker.shutdown()
+
+    @on_worker
+    def _release(self) -> None:
+        """Captured graphs go before the sessions, these before the memory that they were bound to; so does a failed GPU's."""
         with self._gpu.current():
-            self._gpu.wait()
-            for bucket in self._buckets.values():
-                bucket.replays.clear()
-            self._sessions.clear()
-            self._buckets.clear()
-            self._gpu.close()
+            try:
+                self._gpu.wait()
+            finally:
+                for bucket in self._buckets.values():
+                    bucket.replays.clear()
+                self._sessions.clear()
+                self._buckets.clear()
+                self._gpu.close()
 
     def _through(self, bucket: Bucket, replay: Replay, states: States, segments: np.ndarray) -> States:
         enter(self._gpu, self._spec, bucket, states)
         try:
             advance(self._gpu, bucket, replay, segments)
+        except EngineError:
+            raise
         except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
             raise EngineError(f"ONNX Runtime failed in a step of {states.batch} documents: {one_line(err)}") from err
         return leave(self._gpu, self._spec, bucket, states.batch, len(segments))
@@ -194,10 +240,11 @@ class CudaEngine:
             rows = self._gpu.allocate(math.prod(shape) // shape[0] * batch * 4)
             self._gpu.copy(buffer, rows, rows.size)
             return Answer(self._gpu.array(rows, (batch, *shape[1:]), np.float32))
-        wanted: list[tuple[Any, tuple[int, ...], Any]] = [(buffer, shape, np.float32)]
+        wanted: list[tuple[Any, tuple[int, ...], Any]] = [(buffer, (batch, *shape[1:]), np.float32)]
         if LOGLIK in replay.outputs:
-            wanted.append((*replay.outputs[LOGLIK], np.float32))
-        rows, *scores = (value[:batch] for value in self._gpu.to_host(wanted))
+            scored, places = replay.outputs[LOGLIK]
+            wanted.append((scored, (batch, *places[1:]), np.float32))
+        rows, *scores = self._gpu.to_host(wanted)
         if whole:
             return reduced(rows[:, :length], segment, head, self._spec.logits)
         return Answer(rows, _shifted(scores[0], segment) if scores else None)
@@ -220,7 +267,9 @@ class CudaEngine:
         return self._buckets[size]
 
     def _replay(self, bucket: Bucket, key: Key) -> Replay:
-        if key not in bucket.replays:
+        if key in bucket.replays:
+            return bucket.replays[key]
+        with cuda.CAPTURING:
             session = self._session(key)
             outputs = {}
             for value in session.get_outputs():
@@ -232,7 +281,7 @@ class CudaEngine:
             replay = GraphReplay(session, bindings, (self._options(), self._options()), outputs)
             self._warm(replay)
             bucket.replays[key] = replay
-        return bucket.replays[key]
+        return replay
 
     def _warm(self, replay: Replay) -> None:
         """Runs and captures both directions. A and B are nobody's state: those are copied in before a run."""
@@ -281,8 +330,9 @@ def open_session(path: Path, gpu: cuda.Gpu) -> Any:
     """
     import onnxruntime as ort
 
-    if hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # finds CUDA and cuDNN of pip packages
+    missing = io.StringIO()
+    with contextlib.redirect_stdout(missing):
+        ort.preload_dlls()  # finds CUDA and cuDNN of pip packages, and prints what it does not find
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -297,8 +347,8 @@ def open_session(path: Path, gpu: cuda.Gpu) -> Any:
         session = ort.InferenceSession(str(path), options, providers=[(PROVIDER, provider)], enable_fallback=0)
     except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
         raise EngineError(
-            f"ONNX Runtime {ort.__version__} cannot run {path} on device {gpu.index}: {one_line(err)}. Do CUDA, cuDNN and "
-            f"the driver fit this build of onnxruntime-gpu? See https://onnxruntime.ai/docs/install"
+            f"ONNX Runtime {ort.__version__} cannot run {path} on device {gpu.index}: {one_line(err)}. {_one(missing)}Do "
+            f"CUDA, cuDNN and the driver fit this build of onnxruntime-gpu? See https://onnxruntime.ai/docs/install"
         ) from err
     finally:
         ort.set_default_logger_severity(WARNINGS)
@@ -329,3 +379,8 @@ def _shifted(scores: np.ndarray, segment: np.ndarray) -> np.ndarray:
     out[:, 1:] = scores[:, : segment.shape[1] - 1]
     out[segment < 0] = np.nan
     return out
+
+
+def _one(printed: io.StringIO) -> str:
+    text = " ".join(printed.getvalue().split())[:500]
+    return f"{text} " if text else ""
