@@ -526,6 +526,8 @@ WRONG: dict[str, tuple[str, str]] = {
     "unknown engine": ("model.pt --engine trt", "--engine is 'trt'; rmt-export makes graphs for cpu, cuda"),
     "unknown dtype": ("model.pt --engine cuda --dtype fp16,int8", "--dtype is 'fp16,int8'; expected one of fp32, fp16, bf16, or several"),
     "dtype of the CPU": ("model.pt --dtype fp16", "--dtype fp16 goes with --engine cuda; the CPU engine runs step.onnx in fp32"),
+    "plain on the CPU": ("model.pt --plain", "--plain goes with --engine cuda; nothing is fused in step.onnx"),
+    "a verdict of the CPU": ("verify model.rmt --record", "--record is for an engine's graphs, and this is step.onnx on the CPU"),
     "model twice": ("model.pt --model model.pt", "--model goes with a bundle that exists; here model.pt is the checkpoint"),
     "a step of one's own": ("gated.rmt --engine cuda", "Pass it: rmt_trt.export.add_engine_graphs(path, dtype='fp16', model=step)"),
     "verify a step of one's own": ("verify gated.rmt --engine cpu", "its fp32 graph is what others are compared with"),

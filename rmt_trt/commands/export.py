@@ -84,7 +84,7 @@ def export(
     The bundle appears only when the exported graph gives the numbers of the PyTorch recurrence. With --engine cuda,
     graphs made for that engine are added; to a bundle that exists too.
     """
-    dtypes = _dtypes(engine, dtype)
+    dtypes = _dtypes(engine, dtype, plain)
     existing = model.is_dir() and (model.suffix == ".rmt" or (model / MANIFEST).is_file())
     target = model if existing else out or default_bundle(model)
     if existing:
@@ -122,13 +122,15 @@ def export(
         _add(target, engine, kind, step, graphs, screen)
 
 
-def _dtypes(engine: str, dtype: str | None) -> tuple[str, ...]:
+def _dtypes(engine: str, dtype: str | None, plain: bool) -> tuple[str, ...]:
     """The dtypes of the graphs to add; none of the CPU engine, which runs step.onnx. Errors: ContractError."""
     if engine not in ENGINES:
         raise ContractError(f"--engine is {engine!r}; rmt-export makes graphs for {', '.join(ENGINES)}")
     if engine == "cpu":
         if dtype not in (None, "fp32"):
             raise ContractError(f"--dtype {dtype} goes with --engine cuda; the CPU engine runs step.onnx in fp32")
+        if plain:
+            raise ContractError("--plain goes with --engine cuda; nothing is fused in step.onnx. Leave it out")
         return ()
     allowed = ("fp32", "fp16", "bf16")
     kinds = tuple(dict.fromkeys(("fp16" if dtype is None else dtype).split(",")))

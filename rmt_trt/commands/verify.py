@@ -13,7 +13,7 @@ from rmt_trt.bundle import Bundle, add_files
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
 from rmt_trt.commands.reference import bundle_model
 from rmt_trt.commands.report import drift_table
-from rmt_trt.errors import FormatError, require
+from rmt_trt.errors import ContractError, FormatError, require
 from rmt_trt.files import check_target, write_file
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ def verify(
     screen = console()
     with ExitStack() as stack:
         runtime = stack.enter_context(RMTRuntime(bundle, engine=engine, dtype=dtype, device=device))
+        if record and (runtime.engine, runtime.dtype) == ("cpu", "fp32"):
+            raise ContractError(
+                "--record is for an engine's graphs, and this is step.onnx on the CPU, whose verdict the export recorded. "
+                "Name the engine (--engine cuda --dtype fp16), or leave --record out"
+            )
         if opened.manifest.model is not None or model is not None:
             reference, name = model_reference(bundle_model(opened, model)), "PyTorch recurrence"
         elif runtime.engine == "cpu" and runtime.dtype == "fp32":
@@ -75,7 +80,7 @@ def verify(
     screen.print(drift_table(report.to_json()))
     if out is not None:
         write_file(out, (json.dumps(report.to_json(), indent=2) + "\n").encode())
-    if record and (runtime.engine, runtime.dtype) != ("cpu", "fp32"):
+    if record:
         _record(bundle, runtime.engine, runtime.dtype, report)
     report.require()
 
