@@ -92,7 +92,7 @@ def on_worker(method: Callable[Concatenate[CudaEngine, P], R]) -> Callable[Conca
     libraries, for each thread that calls it, until the session ends."""
 
     @functools.wraps(method)
-    def call(self: CudaEngine, *args: P.args, **kwargs: P.kwargs) -> R:
+    def call(self: CudaEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._worker.submit(method, self, *args, **kwargs).result()
 
     return call
