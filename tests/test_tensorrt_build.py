@@ -34,7 +34,7 @@ from rmt_trt.export import ExportOptions, export_step_bundle
 from rmt_trt.export import tensorrt as package
 from rmt_trt.export.tensorrt import BuildOptions, EngineRecord, add_engine, builder, engines, flavours
 from rmt_trt.export.tensorrt.options import parse_capabilities
-from rmt_trt.export.tensorrt.progress import Phases, interruptible
+from rmt_trt.export.tensorrt.progress import Phases, interruptible, logger
 from rmt_trt.files import sha256
 from rmt_trt.initial_state import from_metadata
 
@@ -402,6 +402,21 @@ def test_an_engine_without_weights_keeps_the_graph_that_has_them(
     assert Bundle(path).graph_path(entry) == path / name
     again = add_engine(path, dtype="fp16", options=options)  # from the graph that is there: no module is needed
     assert again.record.graph == built.record.graph
+
+
+def test_options_reach_the_builders_config() -> None:
+    config = trt.Builder(logger(trt)).create_builder_config()
+    plain = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE), config.builder_optimization_level
+    assert config.get_flag(trt.BuilderFlag.TF32), "what the code clears is on by default"
+    builder._configure(trt, config, BuildOptions())
+    assert (config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE), config.builder_optimization_level) == plain
+    flags = (trt.BuilderFlag.TF32, trt.BuilderFlag.STRIP_PLAN, trt.BuilderFlag.VERSION_COMPATIBLE)
+    assert [config.get_flag(flag) for flag in flags] == [False, False, False]
+    wanted = BuildOptions(workspace_mib=64, optimization_level=5, strip_weights=True, version_compatible=True)
+    builder._configure(trt, config, wanted)
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
+    assert config.builder_optimization_level == 5
+    assert [config.get_flag(flag) for flag in flags] == [False, True, True]
 
 
 @pytest.mark.parametrize(

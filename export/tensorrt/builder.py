@@ -113,6 +113,8 @@ def _called(call: Callable[[], Any], log: Any, what: str) -> Any:
 
 
 def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
+    # On by default: products of float32 would keep 10 bits of a number, and drift beyond what fp32 is held to.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * MIB)
     if options.optimization_level is not None:
