@@ -84,6 +84,10 @@ def run_benchmark(
     meters = Meters(plan.device if plan.gpu else None)
     most = max([*plan.batches, extra.many.slots if extra.many else 1])
     results = Results(out, {"command": shown(sys.argv[1:])})
+    if plan.threads is not None and not plan.gpu:
+        import torch
+
+        torch.set_num_threads(plan.threads)  # the peers get as many as ours
     try:
         with load(prepared.bundle, plan, meters, results, most) as runtime:
             run = Run(prepared, plan, extra, runtime, meters, results, work, say)

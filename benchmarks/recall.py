@@ -37,6 +37,7 @@ app = new_app()
 
 FIRST_SEED = 2_000_000  # beyond the seeds of training and of the example's own file
 SEEDS = 100_000  # of each number of segments
+FRESH = 200  # questions at each number of segments, where they are made
 
 
 def by_segments(model: RMTRuntime | Bundle, questions: list[Question]) -> dict[int, list[Question]]:
@@ -75,7 +76,9 @@ def main(
         Path | None, typer.Argument(metavar="[QUESTIONS]", help="questions.jsonl. [default: made for this]")
     ] = None,
     segments: Annotated[str, typer.Option(help="Numbers of segments, with commas.")] = "1,16,256,1024,4096",
-    count: Annotated[int, typer.Option(min=1, max=SEEDS, help="Questions at each.")] = 200,
+    count: Annotated[
+        int | None, typer.Option(min=1, max=SEEDS, help=f"Questions at each. [default: a file's all, {FRESH} made]")
+    ] = None,
     engine: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Dtypes, with commas. [default: the bundle's best]")] = None,
     device: Annotated[int, typer.Option(help="GPU index.")] = 0,
@@ -144,17 +147,16 @@ def _bundle(model: Path, engine: str, dtypes: tuple[str | None, ...], work: Path
 
 
 def _asked(
-    bundle: Bundle, given: list[Question] | None, source: Path | None, numbers: Sequence[int], count: int
+    bundle: Bundle, given: list[Question] | None, source: Path | None, numbers: Sequence[int], count: int | None
 ) -> dict[int, list[Question]]:
-    """The questions of each number of segments. Errors: ContractError, when the file has too few of one."""
+    """The questions of each number of segments. Errors: ContractError, when the file has none or too few of one."""
     if given is None:
-        return {number: fresh(bundle.spec, number, count) for number in numbers}
+        return {number: fresh(bundle.spec, number, count or FRESH) for number in numbers}
     groups = by_segments(bundle, given)
     for number in numbers:
-        if len(groups.get(number, ())) < count:
-            raise ContractError(
-                f"{source} has {len(groups.get(number, ()))} questions of {number} segments, not {count}"
-            )
+        found, wanted = len(groups.get(number, ())), count or 1
+        if found < wanted:
+            raise ContractError(f"{source} has {found} questions of {number} segments, not {wanted}")
     return {number: groups[number][:count] for number in numbers}
 
 

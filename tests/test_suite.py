@@ -21,7 +21,7 @@ from rmt_trt.benchmarks.budget import Budget, Task, carry_out
 from rmt_trt.benchmarks.candidates import candidates
 from rmt_trt.benchmarks.command_line import shown
 from rmt_trt.benchmarks.many import ManyOptions, bucket_sizes, many, warm
-from rmt_trt.benchmarks.ours import steps_for
+from rmt_trt.benchmarks.ours import choose_steps, steps_for
 from rmt_trt.benchmarks.plan import Plan, documents
 from rmt_trt.benchmarks.presets import EXAMPLE, Prepared
 from rmt_trt.benchmarks.quiet import LIBRARIES_LOG
@@ -169,6 +169,13 @@ def test_the_best_variant_of_each_group_is_what_ours_is_measured_by():
 )
 def test_a_run_has_as_many_segments_as_make_it_long(seconds, steps):
     assert steps_for(seconds) == steps
+
+
+def test_the_segments_of_a_run_are_chosen_by_a_probe_on_a_gpu_alone():
+    with made("bert").open() as runtime:
+        assert choose_steps(runtime, Plan(engine="cpu", dtype="fp32", peers=()), 2) == 8
+        assert choose_steps(runtime, Plan(steps=2), 2) == 4  # as many as are compared with the fp32 step
+        assert 32 <= choose_steps(runtime, Plan(), 2) <= 4096
 
 
 def test_libraries_write_into_a_file_while_they_are_kept_quiet(tmp_path):
