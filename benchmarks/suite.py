@@ -37,7 +37,12 @@ PARTS = (
         "bert-base", BENCH, ("--preset", "bert-base", "--batch", "1,32", "--many", *GROWTH, "--kernels", "--drift"), 8
     ),
     Part("gpt2-small", BENCH, ("--preset", "gpt2-small", "--batch", "1,32", "--kernels"), 5),
-    Part("llama-1b", BENCH, ("--preset", "llama-1b", "--dtype", "fp16", "--batch", "1,8", "--kernels"), 5),
+    Part(
+        "llama-1b",
+        BENCH,
+        ("--preset", "llama-1b", "--dtype", "fp16", "--batch", "1,8", "--tokens", "4096,65536,1048576", "--kernels"),
+        5,
+    ),
     Part("example", BENCH, ("--preset", "example", "--batch", "1,32", "--many", *GROWTH, "--drift"), 4),
     Part("recall", RECALL, (str(EXAMPLE), "--engine", "cuda", "--dtype", "fp32,fp16,bf16"), 3),
 )
