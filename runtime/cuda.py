@@ -53,7 +53,7 @@ def refusal(index: int) -> str | None:
         return f"there is no usable CUDA driver ({one_line(err)}). Install or update the NVIDIA driver, see nvidia-smi"
     if not devices:
         return "the CUDA driver sees no GPU. Check nvidia-smi and CUDA_VISIBLE_DEVICES"
-    if index >= len(devices):
+    if not 0 <= index < len(devices):
         return f"device {index} was asked for; the CUDA driver sees {len(devices)}, numbered from 0"
     return None
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 NAME = "cuda"
 PROVIDER = "CUDAExecutionProvider"
+OLDEST = (1, 31)  # of onnxruntime-gpu: the oldest that was run
 DTYPES = ("fp16", "bf16", "fp32")  # what dtype=None takes, first where a bundle has several
 WARNINGS, ERRORS_ONLY = 2, 3  # ONNX Runtime's log severities; it starts with the first
 Key = tuple[str, Head, int]  # role, head, documents from which on the graph is the one to take
@@ -60,6 +61,11 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
         ort = require("onnxruntime", "gpu", "an NVIDIA GPU")
     except EngineError as err:
         return str(err)
+    if tuple(int(part) for part in ort.__version__.split(".")[:3] if part.isdigit()) < OLDEST:
+        return (
+            f"onnxruntime {ort.__version__} waits for the GPU after every replay, and older ones read data outside a graph's "
+            f"folder. Install a newer one: pip install 'rmt-trt[gpu]'"
+        )
     if PROVIDER not in ort.get_available_providers():
         return (
             f"the installed onnxruntime {ort.__version__} has no CUDA provider. Install the other build of it: "
