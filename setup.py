@@ -32,7 +32,7 @@ EXTRAS = {
     "text": TEXT,
     "export": [*MODEL, "onnx>=1.19", "onnxscript>=0.6", "onnxruntime>=1.24.4"],
     "cpu": ["onnxruntime>=1.24.4", *TEXT],
-    # The version that was run; older ones wait for the GPU after every replay of a captured graph.
+    # The oldest version that was run.
     "gpu": ["onnxruntime-gpu>=1.31.1", "cuda-core>=1.0", *TEXT],
     "tensorrt": ["tensorrt>=10.14", "cuda-core>=1.0", *TEXT],
     "tensorrt-lean": ["tensorrt-lean-cu13>=10.14", "cuda-core>=1.0", *TEXT],

@@ -63,8 +63,8 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
         return str(err)
     if tuple(int(part) for part in ort.__version__.split(".")[:3] if part.isdigit()) < OLDEST:
         return (
-            f"onnxruntime {ort.__version__} waits for the GPU after every replay, and older ones read data outside a graph's "
-            f"folder. Install a newer one: pip install 'rmt-trt[gpu]'"
+            f"onnxruntime {ort.__version__} is older than {'.'.join(map(str, OLDEST))}, the oldest that this engine was run "
+            f"with. Install a newer one: pip install 'rmt-trt[gpu]'"
         )
     if PROVIDER not in ort.get_available_providers():
         return (
