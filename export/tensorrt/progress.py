@@ -32,7 +32,8 @@ def logger(trt: Any) -> Any:
             text = " ".join(message.split())
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.lines.append(text)
-            _log.debug("%s: %s", severity.name, text)
+            level = logging.DEBUG if severity == trt.ILogger.VERBOSE else logging.INFO  # errors reach the caller raised
+            _log.log(level, "%s: %s", severity.name, text)
 
         @contextlib.contextmanager
         def capture(self) -> Iterator[list[str]]:
