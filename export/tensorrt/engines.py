@@ -12,6 +12,7 @@ from torch import nn
 
 from rmt_trt.bundle import STEP, Bundle, GraphEntry, add_files
 from rmt_trt.contract import DTYPES
+from rmt_trt.engine_record import FOLDER, EngineRecord
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.export.engine_graphs import GRAPHS, recorded
 from rmt_trt.export.graph_check import GraphCheck, check_graphs
@@ -21,7 +22,6 @@ from rmt_trt.export.tensorrt import flavours
 from rmt_trt.export.tensorrt.builder import Plan, build_plan
 from rmt_trt.export.tensorrt.flavours import Flavour
 from rmt_trt.export.tensorrt.options import BuildOptions
-from rmt_trt.export.tensorrt.record import FOLDER, EngineRecord
 from rmt_trt.export.verify import TOLERANCES, model_reference, step_reference
 from rmt_trt.files import cannot_write, checked_path, sha256, write_file
 from rmt_trt.initial_state import to_metadata
