@@ -119,6 +119,9 @@ class Manifest:
     def to_json(self) -> str:
         """Sorted, indented, so that two manifests can be compared line by line."""
         value = asdict(self) | {"spec": self.spec.to_json()}
+        for graph in value["graphs"]:
+            if graph["min_batch"] == 1:  # said only where it says something: older readers do not know it
+                del graph["min_batch"]
         return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
     @classmethod

@@ -137,8 +137,10 @@ def test_the_device_that_a_caller_chose_stays_current(monkeypatch: pytest.Monkey
         current[0] = context
 
     driver = SimpleNamespace(cuCtxGetCurrent=lambda: (0, current[0]), cuCtxSetCurrent=set_to)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-    monkeypatch.setattr("cuda.bindings.driver", driver)
+    bindings = SimpleNamespace(driver=driver)
+    stand_ins = {"cuda": SimpleNamespace(bindings=bindings), "cuda.bindings": bindings, "cuda.bindings.driver": driver}
+    for name, module in stand_ins.items():  # the packages themselves need not be installed
+        monkeypatch.setitem(sys.modules, name, module)
     device = SimpleNamespace(set_current=lambda: set_to(1))
     with cuda.made_current(device):
         assert current == [1]
