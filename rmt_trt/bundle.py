@@ -315,9 +315,8 @@ def add_files(
                     f"{path} was replaced by another model's bundle meanwhile; nothing was added. Do it again"
                 )
             kept = _without(old, files, drop, path)
-            with (
-                contextlib.ExitStack() as places
-            ):  # each file is renamed to its place when the stack is left, last first
+            # Each file is renamed to its place when the stack is left, the one that was entered first comes last.
+            with contextlib.ExitStack() as places:
                 last = places.enter_context(atomic_file(path / MANIFEST))
                 added = {name: _place(path, name, source, places) for name, source in files.items()}
                 values = {name: new(getattr(kept, name)) if callable(new) else new for name, new in changes.items()}
