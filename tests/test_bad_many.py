@@ -66,7 +66,6 @@ def test_iterators_that_come_one_after_another_are_not_taken_for_the_same(runtim
     def source() -> Iterator[Iterator[int]]:
         for _ in range(200):
             yield iter([5] * 3)
-            gc.collect()
 
     assert len(list(runtime.run_many(source(), slots=2))) == 200
 
