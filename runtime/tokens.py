@@ -19,7 +19,9 @@ from rmt_trt.errors import RMTError, TokenError
 from rmt_trt.runtime import cuda
 
 PIECE = 1 << 14  # tokens that are checked at a time: 128 KiB as int64
+FIRST_PIECE = 1 << 11  # of an array; each takes twice as many, so that its first step does not wait for a long look
 GATHER = 4096  # ints of an iterator that are taken at a time, at most
+FEW = 16  # ids that a model drops
 NOTHING = object()
 # They can be iterated over, and what comes out of them is no text's tokens in order.
 NO_TOKENS = (bytes, bytearray, memoryview, Mapping, Set)
@@ -167,7 +169,7 @@ class Document:
 
     def _kept(self, pieces: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Checked pieces without dropped ids and padding, each with the position behind every kept token."""
-        start, padded_at, dropped = 0, -1, np.array(self._spec.dropped_ids, np.int64)
+        start, padded_at, dropped = 0, -1, self._spec.dropped_ids
         for raw in pieces:
             ids = _as_ids(raw, self.where, start)
             if not len(ids):
@@ -178,30 +180,44 @@ class Document:
                     f"{self.where}: token {start + bad} is {ids[bad]}; the vocabulary has ids 0 to "
                     f"{self._spec.vocab_size - 1}. Was the text tokenised with this model's tokenizer?"
                 )
-            keep = ids >= 0
-            if not keep.all() or padded_at >= 0:
-                first_pad = start + int(np.argmin(keep)) if padded_at < 0 else padded_at
-                later = np.flatnonzero(keep & (np.arange(start, start + len(ids)) > first_pad))
+            keep = _not_in(ids, dropped)
+            if padded_at >= 0 or int(ids.min()) < 0:
+                real = ids >= 0
+                first_pad = start + int(np.argmin(real)) if padded_at < 0 else padded_at
+                later = np.flatnonzero(real & (np.arange(start, start + len(ids)) > first_pad))
                 if len(later):
                     raise TokenError(
                         f"{self.where}: token {first_pad} is padding (an id below 0), but token {start + later[0]} behind it is "
                         f"{ids[later[0]]}. Padding stands at the end of a row only: move it there, or leave it out"
                     )
                 padded_at = first_pad
-            if len(dropped):
-                keep &= ~np.isin(ids, dropped)
-            kept = np.flatnonzero(keep)
-            yield ids[kept] if len(kept) < len(ids) else ids, kept + (start + 1)
+                keep &= real
+            if keep.all():
+                yield ids, np.arange(start + 1, start + 1 + len(ids))
+            else:
+                kept = np.flatnonzero(keep)
+                yield ids[kept], kept + (start + 1)
             start += len(ids)
 
 
+def _not_in(ids: np.ndarray, dropped: tuple[int, ...]) -> np.ndarray:
+    """Which ids are kept: of the few that models drop, a comparison with each is the fastest way."""
+    if len(dropped) > FEW:
+        return np.isin(ids, dropped, invert=True)
+    keep = np.ones(len(ids), np.bool_)
+    for one in dropped:
+        keep &= ids != one
+    return keep
+
+
 def _array_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
-    mapping = _file_mapping(array)
-    for start in range(0, len(array), PIECE):
-        piece = array[start : start + PIECE]
+    mapping, start, size = _file_mapping(array), 0, FIRST_PIECE
+    while start < len(array):
+        piece = array[start : start + size]
         yield piece
         if mapping is not None:
             _give_back(mapping, piece)
+        start, size = start + size, min(PIECE, 2 * size)
 
 
 def _file_mapping(array: np.ndarray) -> mmap.mmap | None:

@@ -23,7 +23,7 @@ from rmt_trt import RMTRuntime
 from rmt_trt.bundle import MANIFEST
 from rmt_trt.commands import export, info, run, verify
 from rmt_trt.files import sha256
-from rmt_trt.runtime.tokens import PIECE
+from rmt_trt.runtime.tokens import FIRST_PIECE
 
 MAIN: dict[str, Callable[[], None]] = {
     "rmt-run": run.main, "rmt-info": info.main, "rmt-export": export.main, "rmt-verify": verify.main,
@@ -161,13 +161,15 @@ def test_rmt_run_says_in_one_line_what_is_wrong(place: Path, command: Callable[.
 def test_a_run_that_stops_on_a_bad_token_keeps_the_state_in_front_of_it(
     place: Path, command: Callable[..., Outcome]
 ) -> None:
-    tokens = np.full(PIECE + 100, 5)
-    tokens[PIECE + 9] = 500  # in the second of the pieces that tokens are checked in
+    tokens = np.full(FIRST_PIECE + 100, 5)
+    tokens[FIRST_PIECE + 9] = 500  # in the second of the pieces that tokens are checked in
     np.save("late.npy", tokens)
     done = command("rmt-run", "l.rmt", "late.npy", "--save-state", "late.state")
-    kept = (PIECE // models.S - 1) * models.S  # one segment is read ahead: is it the last, whose logits are wanted?
+    kept = (
+        FIRST_PIECE // models.S - 1
+    ) * models.S  # one segment is read ahead: is it the last, whose logits are wanted?
     assert done.code == 1
-    assert f"token {PIECE + 9} is 500; the vocabulary has ids 0 to 95" in done.err
+    assert f"token {FIRST_PIECE + 9} is 500; the vocabulary has ids 0 to 95" in done.err
     assert f"stopped after {kept} tokens of the document; the state is in late.state" in done.err
     assert f"--load-state late.state --skip {kept}" in done.err
     with RMTRuntime("l.rmt", threads=1) as runtime:
