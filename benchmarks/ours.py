@@ -14,13 +14,13 @@ import numpy as np
 from rmt_trt.benchmarks.machine import Meters
 from rmt_trt.benchmarks.plan import CHECKED_SEGMENTS, Plan, documents
 from rmt_trt.benchmarks.rows import Results, Row
-from rmt_trt.benchmarks.timing import Effort, measure
+from rmt_trt.benchmarks.timing import Effort, measure, measure_in_turn
 from rmt_trt.runtime import RMTRuntime
 
 OURS = "rmt-trt"
 ENERGY_SECONDS = 2.0  # the counter moves every tenth of a second or so
 MORE_TOKENS = 1000
-RUN_SECONDS = 0.12  # a run that compares engines takes at least about so long: what a run costs once then weighs little
+RUN_SECONDS = 0.5  # a run that compares engines takes at least about so long: what a run costs once then weighs little
 FEWEST_STEPS, FEWEST_SMALL_STEPS, MOST_STEPS = 32, 256, 4096
 SMALL_STEP = 1e-3  # seconds
 CPU_STEPS = 8  # there a step takes long beside all else
@@ -81,12 +81,17 @@ def memory_after(runtime: RMTRuntime, segments: np.ndarray) -> np.ndarray:
 def step_times(
     runtime: RMTRuntime, plan: Plan, segments: np.ndarray, error: float, meters: Meters, results: Results
 ) -> None:
-    """Full segments (n, b, S), as a user runs a batch of documents. error: of the memory, for the report.
+    """Full segments (n, b, S), as a user runs a batch of documents, and the bare replay of as many, in turn, since a GPU at
+    its power limit changes its pace. error: of the memory, for the report.
 
     What a run costs once is what a run of one segment takes beyond a step; the head of the last segment is in it.
     """
     steps, batch, size = segments.shape
-    timing = measure(run_call(runtime, texts(segments)), plan.effort)
+    run, replay = run_call(runtime, texts(segments)), bare_call(runtime, batch, steps)
+    calls = [run] if replay is None else [run, replay]
+    for call in calls:
+        call()
+    timing, *bare = measure_in_turn(calls, plan.effort)
     one = measure(run_call(runtime, texts(segments[:1])), Effort(50, plan.effort.seconds / 2)).median
     values: dict[str, Any] = {
         "error": error,
@@ -97,18 +102,14 @@ def step_times(
     if used is not None:
         values["device_bytes_in_use"] = used
     results.add(Row("step", OURS, batch, steps * size, steps, timing, values))
-    bare(runtime, plan, batch, steps, results)
+    results.add(*(Row("bare", OURS, batch, steps * size, steps, replayed) for replayed in bare))
 
 
-def bare(runtime: RMTRuntime, plan: Plan, batch: int, steps: int, results: Results) -> None:
+def bare_call(runtime: RMTRuntime, batch: int, steps: int) -> Callable[[], object] | None:
     """The engine's own captured steps alone, without tokens or driver, where the engine can replay them."""
     engine: Any = runtime._live_engine()
     replay = getattr(engine, "replay", None)
-    if replay is None:
-        return
-    with results.attempt("bare", OURS, batch):
-        timing = measure(lambda: replay(batch, steps), plan.effort)
-        results.add(Row("bare", OURS, batch, steps * runtime.spec.segment_length, steps, timing))
+    return None if replay is None else lambda: replay(batch, steps)
 
 
 def length_times(runtime: RMTRuntime, plan: Plan, meters: Meters, results: Results) -> None:
