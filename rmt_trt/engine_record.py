@@ -13,6 +13,9 @@ from rmt_trt.errors import FormatError
 FORMAT = "rmt-trt-engine"
 FORMAT_VERSION = 1
 FOLDER = "engines"
+# "none": GPUs of its compute capabilities; "same_compute_capability": the same, whatever their model; "ampere_plus": all
+# from 8.0 on. In the words of TensorRT's HardwareCompatibilityLevel.
+HARDWARE = ("none", "same_compute_capability", "ampere_plus")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class EngineRecord:
     graph                      `file` in the bundle, or null where it was made for the build alone, and `sha256`
     stripped                   it holds no weights: refit it from `graph` before it runs
     version_compatible         later versions of the flavour run it too
+    hardware_compatible        other GPUs run it too: one of HARDWARE
     decomposable               attention nodes that may have become several kernels
     seconds                    of the build
     metadata                   step spec and initial state, as in an ONNX graph of ours
@@ -51,6 +55,7 @@ class EngineRecord:
     machine: str = field(default_factory=platform.machine)
     stripped: bool = False
     version_compatible: bool = False
+    hardware_compatible: str = "none"
     decomposable: tuple[str, ...] = ()
     seconds: float = 0.0
     format: str = FORMAT
@@ -86,7 +91,7 @@ class EngineRecord:
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("engine", "dtype", "role", "head", "file", "sha256", "flavour", "version", "os", "machine"), str),
     "size": int, "compute_capabilities": (int,), "profiles": (dict,), "inputs": (dict,), "outputs": (dict,),
-    "graph": dict, "metadata": dict, "stripped": bool, "version_compatible": bool, "decomposable": (str,),
+    "graph": dict, "metadata": dict, "stripped": bool, "version_compatible": bool, "hardware_compatible": str, "decomposable": (str,),
     "seconds": float,
 }  # fmt: skip
 

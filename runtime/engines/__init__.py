@@ -1,7 +1,8 @@
 """Engines: each a small file that satisfies `rmt_trt.contract.Engine`, named in one literal table.
 
 An engine's file has two functions: `refusal(source, dtype, device) -> str | None` says why it cannot run this
-source on this machine, cheaply and without side effects (dtype None stands for any); `open_engine(source, dtype, device, threads) -> Engine` does it.
+source on this machine, cheaply and without side effects (dtype None stands for any); `open_engine(source, dtype, device,
+threads) -> Engine` does it. A file that serves two engines has an object with these two for each: `module:name`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def engine_module(name: str) -> EngineModule:
         raise ContractError(f"engine is {name!r}; expected 'auto' or one of {', '.join(ENGINES)}")
     if name not in MODULES:
         raise EngineError(f"this version of rmt-trt has no '{name}' engine; it has {', '.join(MODULES)}")
-    return cast(EngineModule, importlib.import_module(MODULES[name]))
+    module, _, inside = MODULES[name].partition(":")
+    found = importlib.import_module(module)
+    return cast(EngineModule, getattr(found, inside) if inside else found)
 
 
 def refusal(name: str, source: Source, dtype: str | None, device: int) -> str | None:

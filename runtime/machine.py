@@ -1,0 +1,73 @@
+"""What this machine has that an engine file needs: its GPU, its driver, the packages of TensorRT.
+
+Each fact is a small function. None of them touches a library of TensorRT beyond its import before the driver answered:
+without a driver one of them ends the process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from functools import cache
+from typing import Any
+
+from rmt_trt.errors import EngineError, require
+from rmt_trt.runtime import cuda
+
+# Machines by the name that they have on Linux.
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def system() -> tuple[str, str]:
+    """(operating system, machine) as an engine's record names them."""
+    return platform.system(), machine_name(platform.machine())
+
+
+def machine_name(name: str) -> str:
+    """One name for a kind of processor: Windows and macOS have others than Linux."""
+    return _MACHINES.get(name.lower(), name)
+
+
+def gpu_refusal(device: int, extra: str, title: str) -> str | None:
+    """Why GPU `device` cannot be used, or None. The pip line names `extra`, which has the library that looks for it."""
+    try:
+        require("cuda.core", extra, title)
+    except EngineError as err:
+        return str(err)
+    return cuda.refusal(device)
+
+
+def capability(device: int) -> int:
+    """Compute capability of a GPU: 89 is 8.9."""
+    major, minor = cuda.library().Device(device).compute_capability
+    return 10 * int(major) + int(minor)
+
+
+def driver_cuda() -> tuple[int, int]:
+    """The newest CUDA that the driver runs: (13, 0)."""
+    import cuda.bindings.driver as driver
+
+    number = int(driver.cuDriverGetVersion()[1])
+    return number // 1000, number % 1000 // 10
+
+
+def module(name: str, extra: str, title: str) -> Any:
+    """A package of TensorRT. Errors: EngineError, when it is not installed or cannot be loaded."""
+    return require(name, extra, title)
+
+
+def installed(name: str) -> bool:
+    """Whether a package of TensorRT is installed, without loading it."""
+    return bool(_distributions(name))
+
+
+def built_for_cuda(name: str) -> int | None:
+    """The CUDA that an installed package was built for, out of its distribution's name (`tensorrt_cu13`), or None."""
+    majors = [int(found[1]) for dist in _distributions(name) if (found := re.search(r"cu(\d\d)", dist))]
+    return min(majors, default=None)
+
+
+@cache
+def _distributions(name: str) -> tuple[str, ...]:
+    return tuple(importlib.metadata.packages_distributions().get(name, ()))
