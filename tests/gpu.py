@@ -12,7 +12,7 @@ from hardware import require_hardware
 from models import made, make_model, scratch
 
 from rmt_trt import RMTRuntime
-from rmt_trt.export import EngineOptions, ExportOptions, add_engine_graphs, export_model
+from rmt_trt.export import ExportOptions, add_engine_graphs, export_model
 from rmt_trt.model.checkpoint import LoadedModel
 from rmt_trt.model.step import model_spec
 from rmt_trt.runtime import cuda
@@ -20,6 +20,9 @@ from rmt_trt.runtime.engines.cuda import PROVIDER
 
 # Sizes that the fused kernels take: heads of 32, and for NeoX 16 rotated dimensions of 32.
 WIDTH = 128
+# Larger weights let the rounding errors of half precision grow along a decoder's recurrence beyond what a test can tell
+# from a fault; with these, forgetting the memory still changes the logits by 3 % and more.
+SCALE = 2.5
 WIDE: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 128, "intermediate_size": 256},
     "roberta": {"hidden_size": 128, "intermediate_size": 256},
@@ -53,10 +56,9 @@ def wide_bundle(name: str, dtype: str) -> Path:
     """The same of a wider model, so that every kernel of the CUDA provider takes it."""
     path = scratch() / f"{name}-wide.rmt"
     if not path.exists():
-        model = make_model(name, backbone=WIDE[name], width=WIDTH)
+        model = make_model(name, scale=SCALE, backbone=WIDE[name], width=WIDTH)
         export_model(LoadedModel(model, model_spec(model), None), path, ExportOptions(segments=4))
-    # The weights are scaled up, so that half precision drifts beyond what is accepted of a model that was trained.
-    add_engine_graphs(path, "cuda", dtype, options=EngineOptions(accept_drift=True))
+    add_engine_graphs(path, "cuda", dtype)
     return path
 
 

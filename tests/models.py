@@ -101,15 +101,16 @@ def model_config(name: str, backbone: dict[str, Any] | None = None, **changes: A
     return ModelConfig(backbone=backbone, **{**sizes, **fields, **changes})
 
 
-def make_model(name: str, seed: int = 0, **changes: Any) -> RMTModel:
-    """A random model. Matrices are four or five times what a fresh one has, so that the text and the memory matter."""
+def make_model(name: str, seed: int = 0, scale: float | None = None, **changes: Any) -> RMTModel:
+    """A random model. Matrices are four or five times, or `scale` times, what a fresh one has, so that the text and the
+    memory matter."""
     torch.manual_seed(seed)
     model = build_model(model_config(name, **changes))
-    scale = 5 if name in ENCODERS else 4
+    times = scale or (5 if name in ENCODERS else 4)
     with torch.no_grad():
         for parameter in {id(p): p for p in model.backbone.parameters()}.values():
             if parameter.ndim == 2:
-                parameter.mul_(scale)
+                parameter.mul_(times)
         model.memory.normal_()
     return model
 
