@@ -8,25 +8,24 @@ waits only where logits or states are asked for.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from rmt_trt.bundle import Bundle
-from rmt_trt.contract import LOGITS, PAD, SEGMENT, Answer, Head
+from rmt_trt.contract import PAD, SEGMENT, Answer, Head
 from rmt_trt.errors import EngineError, require
-from rmt_trt.runtime import cuda
-from rmt_trt.runtime.buckets import Bucket, Replay, States, advance, enter, leave, new_bucket, new_states, state_bytes
+from rmt_trt.runtime import cuda, device_rows
+from rmt_trt.runtime.buckets import Bucket, Replay, States, advance, enter, leave, new_bucket
 from rmt_trt.runtime.cuda import one_line
-from rmt_trt.runtime.loglik import reduced
-from rmt_trt.runtime.signature import LOGLIK, check_signature
+from rmt_trt.runtime.signature import check_signature
+from rmt_trt.runtime.worker import on_worker
 
 if TYPE_CHECKING:
     from rmt_trt.runtime.source import Source
@@ -89,21 +88,6 @@ def _dtype(bundle: Bundle, dtype: str | None) -> str | None:
     return next((name for name in (DTYPES if dtype is None else (dtype,)) if name in made), None)
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def on_worker(method: Callable[Concatenate[CudaEngine, P], R]) -> Callable[Concatenate[CudaEngine, P], R]:
-    """Runs a method on the engine's own thread and waits for it: ONNX Runtime keeps captured graphs, and handles of CUDA's
-    libraries, for each thread that calls it, until the session ends."""
-
-    @functools.wraps(method)
-    def call(self: CudaEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._worker.submit(method, self, *args, **kwargs).result()
-
-    return call
-
-
 @dataclass(eq=False)
 class GraphReplay:
     """A session on a bucket: bindings and run options from A to B and back, each captured as a CUDA graph."""
@@ -151,33 +135,22 @@ class CudaEngine:
     @on_worker
     def load(self, states: tuple[np.ndarray, ...]) -> States:
         with self._gpu.current():
-            values = [np.ascontiguousarray(v, spec.dtype) for v, spec in zip(states, self._spec.states, strict=True)]
-            return States(len(values[0]), tuple(self._gpu.to_device(values)))
+            return device_rows.load(self._gpu, self._spec, states)
 
     @on_worker
     def fetch(self, states: States) -> tuple[np.ndarray, ...]:
         with self._gpu.current():
-            shapes = [((states.batch, *state.shape), state.dtype) for state in self._spec.states]
-            pairs = zip(states.buffers, shapes, strict=True)
-            return tuple(self._gpu.to_host([(buffer, *shape) for buffer, shape in pairs]))
+            return device_rows.fetch(self._gpu, self._spec, states)
 
     @on_worker
     def share(self, states: States) -> tuple[Any, ...]:
         with self._gpu.current():
-            return tuple(
-                self._gpu.array(buffer, (states.batch, *state.shape), state.dtype)
-                for buffer, state in zip(states.buffers, self._spec.states, strict=True)
-            )
+            return device_rows.share(self._gpu, self._spec, states)
 
     @on_worker
     def take(self, parts: Sequence[States], rows: np.ndarray) -> States:
         with self._gpu.current():
-            origin = [(part, row) for part in parts for row in range(part.batch)]
-            made = new_states(self._gpu, self._spec, len(rows))
-            for place, part, first, count in _runs([origin[row] for row in rows.tolist()]):
-                for source, target, size in zip(part.buffers, made.buffers, state_bytes(self._spec), strict=True):
-                    self._gpu.copy(source, target, count * size, first * size, place * size)
-            return made
+            return device_rows.take(self._gpu, self._spec, parts, rows)
 
     @on_worker
     def step(self, states: States, segment: np.ndarray, head: Head, host: bool = True) -> tuple[States, Answer | None]:
@@ -189,7 +162,7 @@ class CudaEngine:
             padded = np.full((1, batch, self._spec.segment_length), PAD, np.int64)
             padded[0, :, :length] = segment
             new = self._through(bucket, replay, states, padded)
-            return new, self._answer(replay, segment, head, host)
+            return new, device_rows.answer(self._gpu, self._spec, replay.outputs, segment, head, host)
 
     @on_worker
     def steps(self, states: States, segments: np.ndarray) -> States:
@@ -235,25 +208,6 @@ class CudaEngine:
         except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
             raise EngineError(f"ONNX Runtime failed in a step of {states.batch} documents: {one_line(err)}") from err
         return leave(self._gpu, self._spec, bucket, states.batch, len(segments))
-
-    def _answer(self, replay: Replay, segment: np.ndarray, head: Head, host: bool) -> Answer | None:
-        if head == "none":
-            return None
-        batch, length = segment.shape
-        buffer, shape = replay.outputs[LOGITS]
-        whole = len(shape) == 3  # every row of a language model: a plain graph has no other head
-        if not host and (head == "all" or not whole):
-            rows = self._gpu.allocate(math.prod(shape) // shape[0] * batch * 4)
-            self._gpu.copy(buffer, rows, rows.size)
-            return Answer(self._gpu.array(rows, (batch, *shape[1:]), np.float32))
-        wanted: list[tuple[Any, tuple[int, ...], Any]] = [(buffer, (batch, *shape[1:]), np.float32)]
-        if LOGLIK in replay.outputs:
-            scored, places = replay.outputs[LOGLIK]
-            wanted.append((scored, (batch, *places[1:]), np.float32))
-        rows, *scores = self._gpu.to_host(wanted)
-        if whole:
-            return reduced(rows[:, :length], segment, head, self._spec.logits)
-        return Answer(rows, _shifted(scores[0], segment) if scores else None)
 
     def _key(self, role: str, head: Head, size: int) -> Key:
         """The graph that does it with the least: a bundle with plain graphs has ("step", "all") only."""
@@ -364,27 +318,6 @@ def open_session(path: Path, gpu: cuda.Gpu) -> Any:
             f"found. Install what onnxruntime-gpu {ort.__version__} was built for: pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
     return session
-
-
-def _runs(rows: list[tuple[States, int]]) -> list[tuple[int, States, int, int]]:
-    """(place, part, first row, count) of rows that lie one behind another in one part, so that they are copied at once."""
-    runs: list[tuple[int, States, int, int]] = []
-    for place, (part, row) in enumerate(rows):
-        if runs:
-            start, last, first, count = runs[-1]
-            if part is last and row == first + count:
-                runs[-1] = (start, last, first, count + 1)
-                continue
-        runs.append((place, part, row, 1))
-    return runs
-
-
-def _shifted(scores: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """The graph scores token t + 1 at place t; the contract has each score at its own token."""
-    out = np.full(segment.shape, np.nan)
-    out[:, 1:] = scores[:, : segment.shape[1] - 1]
-    out[segment < 0] = np.nan
-    return out
 
 
 def _one(printed: io.StringIO) -> str:
