@@ -34,9 +34,10 @@ from rmt_trt.export import ExportOptions, export_step_bundle
 from rmt_trt.export import tensorrt as package
 from rmt_trt.export.tensorrt import BuildOptions, EngineRecord, add_engine, builder, engines, flavours
 from rmt_trt.export.tensorrt.options import parse_capabilities
-from rmt_trt.export.tensorrt.progress import Phases, interruptible, logger
+from rmt_trt.export.tensorrt.progress import Phases, interruptible
 from rmt_trt.files import sha256
 from rmt_trt.initial_state import from_metadata
+from rmt_trt.runtime.trt_log import logger
 
 RTX = flavours.FLAVOURS["tensorrt-rtx"]
 TWO = BuildOptions((89, 120), max_batch=4, check_segments=2)

@@ -13,11 +13,12 @@ from rmt_trt.contract import StepSpec
 from rmt_trt.errors import EngineError, FormatError
 from rmt_trt.export.tensorrt import flavours
 from rmt_trt.export.tensorrt.flavours import Flavour
-from rmt_trt.export.tensorrt.network import allow_decomposition, check_network, one_line, read_network
+from rmt_trt.export.tensorrt.network import allow_decomposition, check_network, read_network
 from rmt_trt.export.tensorrt.options import BuildOptions
 from rmt_trt.export.tensorrt.profiles import Range, add_profile, ranges
-from rmt_trt.export.tensorrt.progress import Share, interruptible, logger, monitor
+from rmt_trt.export.tensorrt.progress import Share, interruptible, monitor
 from rmt_trt.files import read_bounded, write_file
+from rmt_trt.runtime.trt_log import logger, one_line
 
 MIB = 1 << 20
 CACHE_LIMIT = 1 << 30

@@ -7,9 +7,9 @@ from typing import Any
 
 from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
 from rmt_trt.errors import ContractError, EngineError, FormatError
+from rmt_trt.runtime.trt_log import one_line
 
 ANY = -1
-SHOWN = 3
 
 
 def read_network(trt: Any, builder: Any, log: Any, path: Path, title: str) -> tuple[Any, Any]:
@@ -32,13 +32,6 @@ def _problem(problem: Any) -> str:
     where = f"node '{node}' ({operator}): " if node or operator else ""
     inside = list(problem.local_function_stack())
     return f"{where}{problem.desc()}{f' (inside {inside})' if inside else ''}"
-
-
-def one_line(lines: list[str]) -> str:
-    """The builder's or parser's own lines, the first few, without line breaks or repetitions."""
-    kept = list(dict.fromkeys(" ".join(line.split()) for line in lines if line.strip()))
-    more = f" (and {len(kept) - SHOWN} more)" if len(kept) > SHOWN else ""
-    return " | ".join(kept[:SHOWN]) + more if kept else "it gives no reason"
 
 
 def check_network(trt: Any, network: Any, spec: StepSpec, name: str) -> dict[str, list[dict[str, Any]]]:

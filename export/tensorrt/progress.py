@@ -1,46 +1,15 @@
-"""What a build says while it runs: its own lines, how far it is, and how it is stopped."""
+"""What a build says while it runs: how far it is, and how it is stopped."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 PARTS = 1000
 WAIT_SECONDS = 0.1
 Share = Callable[[int, int], None]
 Result = TypeVar("Result")
-_log = logging.getLogger(__name__)
-
-
-@functools.cache
-def logger(trt: Any) -> Any:
-    """The one logger of a flavour in this process: the library keeps the first that it is given and ignores others.
-
-    It has `capture()`, a context that collects the lines of errors.
-    """
-
-    class Lines(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            text = " ".join(message.split())
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.lines.append(text)
-            level = logging.DEBUG if severity == trt.ILogger.VERBOSE else logging.INFO  # errors reach the caller raised
-            _log.log(level, "%s: %s", severity.name, text)
-
-        @contextlib.contextmanager
-        def capture(self) -> Iterator[list[str]]:
-            self.lines = []
-            yield self.lines
-
-    return Lines()
 
 
 class Phases:
