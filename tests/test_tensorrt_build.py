@@ -37,7 +37,7 @@ from rmt_trt.export.tensorrt.options import parse_capabilities
 from rmt_trt.export.tensorrt.progress import Phases, interruptible
 from rmt_trt.files import sha256
 from rmt_trt.initial_state import from_metadata
-from rmt_trt.runtime.trt_log import logger
+from rmt_trt.runtime.engines.tensorrt_log import logger
 
 RTX = flavours.FLAVOURS["tensorrt-rtx"]
 TWO = BuildOptions((89, 120), max_batch=4, check_segments=2)

@@ -18,7 +18,7 @@ from rmt_trt.export.tensorrt.options import BuildOptions
 from rmt_trt.export.tensorrt.profiles import Range, add_profile, ranges
 from rmt_trt.export.tensorrt.progress import Share, interruptible, monitor
 from rmt_trt.files import read_bounded, write_file
-from rmt_trt.runtime.trt_log import logger, one_line
+from rmt_trt.runtime.engines.tensorrt_log import logger, one_line
 
 MIB = 1 << 20
 CACHE_LIMIT = 1 << 30

@@ -7,7 +7,7 @@ from typing import Any
 
 from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
 from rmt_trt.errors import ContractError, EngineError, FormatError
-from rmt_trt.runtime.trt_log import one_line
+from rmt_trt.runtime.engines.tensorrt_log import one_line
 
 ANY = -1
 
