@@ -7,8 +7,11 @@ without a driver one of them ends the process.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -44,6 +47,11 @@ def capability(device: int) -> int:
     return 10 * int(major) + int(minor)
 
 
+def gpu_name(device: int) -> str:
+    """What the driver calls a GPU."""
+    return str(cuda.library().Device(device).name)
+
+
 def driver_cuda() -> tuple[int, int]:
     """The newest CUDA that the driver runs: (13, 0)."""
     import cuda.bindings.driver as driver
@@ -52,22 +60,33 @@ def driver_cuda() -> tuple[int, int]:
     return number // 1000, number % 1000 // 10
 
 
-def module(name: str, extra: str, title: str) -> Any:
-    """A package of TensorRT. Errors: EngineError, when it is not installed or cannot be loaded."""
-    return require(name, extra, title)
+def current(device: int) -> AbstractContextManager[None]:
+    """Makes a GPU current in this thread while it is open."""
+    return cuda.made_current(cuda.library().Device(device))
 
 
 def installed(name: str) -> bool:
-    """Whether a package of TensorRT is installed, without loading it."""
-    return bool(_distributions(name))
+    """Whether a package is installed, without loading it."""
+    return importlib.util.find_spec(name) is not None
+
+
+def module(name: str, extra: str, purpose: str) -> Any:
+    """A package of TensorRT. Errors: EngineError, when it is not installed or cannot be loaded."""
+    try:
+        return require(name, extra, purpose)
+    except OSError as err:  # of the shared libraries that it loads
+        raise EngineError(
+            f"{purpose} needs the Python package '{name}', whose libraries cannot be loaded here ({err}). Install it anew: "
+            f"pip install --force-reinstall 'rmt-trt[{extra}]'"
+        ) from err
 
 
 def built_for_cuda(name: str) -> int | None:
     """The CUDA that an installed package was built for, out of its distribution's name (`tensorrt_cu13`), or None."""
-    majors = [int(found[1]) for dist in _distributions(name) if (found := re.search(r"cu(\d\d)", dist))]
-    return min(majors, default=None)
+    found = re.findall(r"[_-]cu(\d\d)\b", " ".join(_distributions().get(name, ())))
+    return min(map(int, found), default=None)
 
 
 @cache
-def _distributions(name: str) -> tuple[str, ...]:
-    return tuple(importlib.metadata.packages_distributions().get(name, ()))
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()

@@ -171,7 +171,7 @@ def test_external_data_outside_a_bundle_is_refused_though_the_hash_is_right(tmp_
 FILES: dict[str, tuple[str, bytes, type[Exception], str]] = {
     "text named .onnx": ("a.onnx", b"hello there\n", FormatError, "refuses"),
     "empty .onnx": ("a.onnx", b"", FormatError, "refuses"),
-    "an engine": ("a.engine", b"ftrt", EngineError, "a.engine is a TensorRT engine"),
+    "an engine": ("a.engine", b"ftrt", FormatError, "a.engine has no a.json beside it"),
     "a text": (
         "a.txt",
         b"hello",

@@ -1,4 +1,4 @@
-"""rmt-info: what a bundle holds, and which engines this machine can run."""
+"""rmt-info: what a bundle holds, and which engines and engine files this machine can run."""
 
 from __future__ import annotations
 
@@ -13,26 +13,41 @@ from rich.table import Table
 
 from rmt_trt.bundle import REPORT, Bundle
 from rmt_trt.commands.app import Debug, Version, new_app, printable, run_command
+from rmt_trt.commands.engines_table import (
+    engine_files_table,
+    engine_rows,
+    gpu_facts,
+    gpu_line,
+    providers_json,
+    providers_table,
+)
 from rmt_trt.commands.report import drift_table, graphs_table
 from rmt_trt.errors import FormatError
 from rmt_trt.runtime.engines import PREFERENCE, refusal
+from rmt_trt.runtime.providers import providers
 from rmt_trt.runtime.source import Source, open_source
 
 app = new_app()
 
+DEVICE = 0  # the GPU that is asked about
+
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(help="A bundle (NAME.rmt), an ONNX graph, or a checkpoint.")],
+    path: Annotated[
+        Path, typer.Argument(help="A bundle (NAME.rmt), an ONNX graph, an engine (NAME.engine), or a checkpoint.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print it all as JSON.")] = False,
     debug: Debug = False,
     version: Version = False,
 ) -> None:
     """Prints what PATH holds, how it was verified, and which engines can run it here, or why not."""
     source = open_source(path)
-    refusals = {name: refusal(name, source, None, 0) for name in PREFERENCE}
+    refusals = {name: refusal(name, source, None, DEVICE) for name in PREFERENCE}
+    files, gpu, found = engine_rows(source, DEVICE), gpu_facts(DEVICE), providers(DEVICE)
     if as_json:
-        print(json.dumps(_as_json(source, refusals), indent=2))
+        more = {"engine_files": files, "gpu": gpu, "providers": providers_json(found)}
+        print(json.dumps(_as_json(source, refusals) | more, indent=2))
         return
     screen = Console(highlight=False, markup=False, emoji=False)
     screen.print(_spec_table(source))
@@ -41,7 +56,11 @@ def info(
         screen.print(graphs_table(source.bundle))
         if REPORT in source.bundle.manifest.files:
             screen.print(_drift_table(source.bundle))
+    screen.print(gpu_line(DEVICE, gpu))
+    if files:
+        screen.print(engine_files_table(files))
     screen.print(_engine_table(refusals))
+    screen.print(providers_table(found))
 
 
 def _drift_table(bundle: Bundle) -> Table:
@@ -101,7 +120,7 @@ def _engine_table(refusals: dict[str, str | None]) -> Table:
     table.add_column("runs")
     table.add_column("why not")
     for name, reason in refusals.items():
-        table.add_row(name, "no" if reason else "yes", reason or "")
+        table.add_row(name, "no" if reason else "yes", printable(reason or ""))
     return table
 
 

@@ -26,6 +26,8 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
     """Why this engine cannot run the source, or None."""
     if source.kind == "checkpoint":
         return "it runs an exported graph, and this is a checkpoint. Export it with: rmt-export"
+    if source.kind == "engine":
+        return "it runs a graph, and this is a TensorRT engine by itself. Open the bundle that it was built for"
     if dtype not in (None, DTYPE):
         return f"it runs {DTYPE} graphs, not {dtype}"
     if source.bundle is not None and source.bundle.graph(NAME, DTYPE) is None:

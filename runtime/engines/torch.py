@@ -27,7 +27,8 @@ DTYPE = "fp32"
 def refusal(source: Source, dtype: str | None, device: int) -> str | None:
     """Why this engine cannot run the source, or None."""
     if source.model is None:
-        return "it runs a checkpoint (model.pt), and this is an exported graph"
+        what = "a TensorRT engine" if source.kind == "engine" else "an exported graph"
+        return f"it runs a checkpoint (model.pt), and this is {what}"
     if dtype not in (None, DTYPE):
         return f"the reference runs in {DTYPE}, not {dtype}"
     return None
