@@ -1,0 +1,608 @@
+"""Engine files that are cut, altered, another machine's or a stranger's: each is refused in words of its own."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_rtx
+from engine_records import (
+    CLASSIFIER,
+    DATA,
+    SPEC,
+    Facts,
+    Judge,
+    S,
+    add_engines,
+    bundle_of,
+    initial_of,
+    on_machine,
+    record_of,
+    rtx_machine,
+    rtx_names,
+    tensorrt_machine,
+    write_engine,
+)
+from spoil import alter, put
+
+from rmt_trt import ContractError, RMTRuntime
+from rmt_trt.engine_check import RECORD_LIMIT, read_record
+from rmt_trt.engine_record import EngineRecord
+from rmt_trt.errors import EngineError, FormatError
+from rmt_trt.initial_state import INITIAL_KEY, SPEC_KEY, to_metadata
+from rmt_trt.runtime import cuda, machine
+from rmt_trt.runtime.engine_files import engine_files, listed, read_checked, refusal, refusal_of, runnable
+from rmt_trt.runtime.engines import choose
+from rmt_trt.runtime.source import open_source
+
+NAME = "tensorrt-rtx-fp16-all-sm89-b8"
+AGAIN = "Build the engine again with rmt-build"
+
+
+def spoiled(folder: Path, change: Callable[[dict[str, Any]], object], spec: Any = CLASSIFIER) -> Path:
+    """The path of a record in which something was changed, beside its engine file."""
+    path = write_engine(folder, record_of(spec)).with_suffix(".json")
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    return path
+
+
+def said(error: pytest.ExceptionInfo[Exception]) -> str:
+    return str(error.value)
+
+
+# The record beside an engine by itself.
+
+
+def test_an_engine_without_its_record(tmp_path: Path) -> None:
+    path = write_engine(tmp_path, record_of())
+    path.with_suffix(".json").unlink()
+    with pytest.raises(
+        FormatError, match=rf"{NAME}\.engine has no {NAME}\.json beside it, which says what .*Copy both files out of"
+    ):
+        RMTRuntime(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_an_engine_that_is_no_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.engine"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(FormatError, match=r"x\.engine is no file; expected an engine that rmt-build wrote"):
+        RMTRuntime(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\x00", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[]", "describes no engine of rmt-trt. Build the engine again with rmt-build"),
+        (b'{"format": "another"}', "describes no engine of rmt-trt. Build the engine again with rmt-build"),
+        (b'{"format": "rmt-trt-engine", "format_version": 2}', "has format version 2; this rmt-trt reads version 1. Update"),
+        (b'{"format": "rmt-trt-engine", "format_version": 1, "x": 3}', "has the unknown fields ['x']; it was altered."),
+    ],
+)  # fmt: skip
+def test_a_record_that_is_none(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write_engine(tmp_path, record_of())
+    path.with_suffix(".json").write_bytes(content)
+    with pytest.raises(FormatError, match=rf"{NAME}\.json .*{re.escape(message)}"):
+        RMTRuntime(path)
+
+
+def test_a_record_of_a_size_that_none_has_is_not_read(tmp_path: Path) -> None:
+    path = write_engine(tmp_path, record_of())
+    with path.with_suffix(".json").open("wb") as file:
+        file.truncate(RECORD_LIMIT + 1)
+    with pytest.raises(
+        FormatError, match=rf"{NAME}\.json has {RECORD_LIMIT + 1} bytes; the record of an engine, .* at most"
+    ):
+        RMTRuntime(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("engine", "cuda", "expected 'tensorrt' or 'tensorrt-rtx'"),
+        ("flavour", "os", "expected 'tensorrt_rtx'"),
+        ("dtype", "fp64", "expected 'fp32' or 'fp16'"),
+        ("role", "prefill", "expected 'step'"),
+        ("head", "last", "expected 'all' or 'none'"),
+        ("file", "../x.engine", "expected a plain name that ends in .engine"),
+        ("file", "/etc/passwd", "expected a plain name that ends in .engine"),
+        ("file", ".engine", "expected a plain name that ends in .engine"),
+        ("size", 0, "expected a number of bytes up to"),
+        ("size", 1 << 60, "expected a number of bytes up to"),
+        ("size", True, "it was altered"),
+        ("sha256", "A" * 64, "expected 64 hexadecimal digits"),
+        ("version", "1.7'; rm -rf '", "expected a version"),
+        ("compute_capabilities", [], "expected compute capabilities such as 89, each once"),
+        ("compute_capabilities", [89, 89], "expected compute capabilities such as 89, each once"),
+        ("compute_capabilities", [8], "expected compute capabilities such as 89, each once"),
+        ("os", "", "expected a name as Python's `platform` gives it"),
+        ("machine", "\u001b[2J", "expected a name as Python's `platform` gives it"),
+        ("hardware_compatible", "ampere_plus", "expected 'none'"),
+        ("profiles", [], "expected 1 to 16 profiles"),
+        ("profiles", [{}] * 17, "expected 1 to 16 profiles"),
+        ("metadata", {SPEC_KEY: 3, INITIAL_KEY: ""}, "expected the step spec and the initial state as text"),
+        ("decomposable", ["n"] * (1 << 16 | 1), "expected at most 65536 names"),
+        ("seconds", float("nan"), "expected a time"),
+        ("stripped", 1, "it was altered"),
+    ],
+)
+def test_a_field_that_no_engine_has(tmp_path: Path, field: str, value: Any, expected: str) -> None:
+    path = spoiled(tmp_path, lambda record: record.update({field: value}))
+    with pytest.raises(FormatError, match=rf"{NAME}\.json: '{field}' is .*{re.escape(expected)}.*uild .*again"):
+        RMTRuntime(path.with_suffix(".engine"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "carries no step spec in its metadata"),
+        ({SPEC_KEY: "{}", INITIAL_KEY: ""}, "the step spec in its metadata cannot be read"),
+        ({SPEC_KEY: "[" * 100_000, INITIAL_KEY: ""}, "the step spec in its metadata cannot be read"),
+        ({INITIAL_KEY: "%"}, "the initial state in its metadata is no base64"),
+        ({INITIAL_KEY: base64.b64encode(bytes(16)).decode()}, "the initial state is no readable safetensors file"),
+        (
+            {INITIAL_KEY: to_metadata(SPEC, initial_of(SPEC))[INITIAL_KEY]},
+            "initial state 'memory' is missing; expected (2, 3) float32",
+        ),
+    ],
+)
+def test_a_step_spec_or_a_memory_that_cannot_be_read(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["metadata"] = {**record["metadata"], **metadata} if metadata else {}
+
+    path = spoiled(tmp_path, change)
+    with pytest.raises(FormatError, match=rf"{NAME}\.json:? .*{re.escape(message)}"):
+        RMTRuntime(path.with_suffix(".engine"))
+
+
+def tensor(record: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
+    (found,) = (table for table in record[kind] if table["name"] == name)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["inputs"].pop(0), "has the inputs ['table', 'segment']; its step spec says ['hidden', 'table', 'segment']"),
+        (lambda r: r["inputs"].reverse(), "has the inputs ['segment', 'table', 'hidden']; its step spec says"),
+        (lambda r: r["outputs"].pop(), "has the outputs ['new_hidden', 'new_table']; its step spec says ['new_hidden', 'new_"),
+        (lambda r: r.update(head="none"), "has the outputs ['new_hidden', 'new_table', 'logits']; its step spec says ["),
+        (lambda r: r.update(inputs=[{}] * 5000), "has the inputs [None, None,"),
+        (lambda r: tensor(r, "inputs", "table").update(dtype="float32"), "'table' is 'float32' of shape [-1, 3, 2]; its step spec says float16"),
+        (lambda r: tensor(r, "inputs", "segment").update(dtype="int32"), "'segment' is 'int32' of shape [-1, -1]; its step spec says int64"),
+        (lambda r: tensor(r, "outputs", "logits").update(dtype="float16"), "'logits' is 'float16' of shape [-1, -1, 50]; its step spec says float32"),
+        (lambda r: tensor(r, "inputs", "hidden").update(shape=[1, 4]), "'hidden' is 'float32' of shape [1, 4]; its step spec says float32 of shape (-1, 4)"),
+        (lambda r: tensor(r, "inputs", "hidden").update(shape=[-1, 5]), "'hidden' is 'float32' of shape [-1, 5]; its step spec says"),
+        (lambda r: tensor(r, "inputs", "hidden").update(shape=[-1, -1]), "'hidden' is 'float32' of shape [-1, -1]; its step spec says"),
+        (lambda r: tensor(r, "inputs", "segment").update(shape=[-1, 11]), "of shape (-1, -1 or 12), where -1 varies"),
+        (lambda r: tensor(r, "inputs", "hidden").update(shape=[-1, 4.0]), "'hidden' is 'float32' of shape [-1, 4.0]; its step spec says"),
+        (lambda r: tensor(r, "outputs", "logits").update(shape=[-1, -1, 1 << 40]), "'logits' is 'float32' of shape [-1, -1, 1099511627776]"),
+        (lambda r: tensor(r, "outputs", "new_table").update(shape="a"), "'new_table' is 'float16' of shape 'a'; its step spec says"),
+        (lambda r: tensor(r, "outputs", "logits").update(more=1), "'logits' is 'float32' of shape"),
+    ],
+)  # fmt: skip
+def test_inputs_and_outputs_that_are_not_the_models(tmp_path: Path, change: Any, message: str) -> None:
+    path = spoiled(tmp_path, change, SPEC)
+    with pytest.raises(FormatError, match=rf"{NAME}\.json: .*{re.escape(message)}.*{AGAIN}"):
+        RMTRuntime(path.with_suffix(".engine"))
+
+
+def sizes(record: dict[str, Any], name: str) -> dict[str, Any]:
+    found = record["profiles"][0][name]
+    assert isinstance(found, dict)
+    return found
+
+
+def batches(least: int, best: int, most: int) -> Callable[[dict[str, Any]], None]:
+    def change(record: dict[str, Any]) -> None:
+        for name in ("memory", "segment"):
+            for key, batch in zip(("min", "opt", "max"), (least, best, most), strict=True):
+                sizes(record, name)[key][0] = batch
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (batches(4, 8, 8), "profile 1 takes 4 to 8 documents, tuned for 8; a runtime steps any number from 1 on"),
+        (batches(0, 8, 8), "profile 1 takes 0 to 8 documents"),
+        (batches(1, 9, 8), "profile 1 takes 1 to 8 documents, tuned for 9"),
+        (batches(1, 1, 1 << 30), "profile 1 takes 1 to 1073741824 documents"),
+        (lambda r: sizes(r, "segment").update(max=[8, S - 1]), "profile 1 takes segments of 1 to 11 tokens, tuned for 12; the model's have 1 to 12"),
+        (lambda r: sizes(r, "segment").update(min=[1, 2]), "profile 1 takes segments of 2 to 12 tokens, tuned for 12; the model's"),
+        (lambda r: sizes(r, "segment").update(opt=[8, 13]), "profile 1 takes segments of 1 to 12 tokens, tuned for 13; the model's"),
+        (lambda r: sizes(r, "segment").update(max=[8, S, 1]), "profile 1, 'segment' is {'max': [8, 12, 1], 'min': [1, 1], 'opt': [8, 12]}; expected min, opt and max with 2 sizes each"),
+        (lambda r: sizes(r, "segment").update(max=[8, True]), "profile 1, 'segment' is"),
+        (lambda r: sizes(r, "segment").pop("opt"), "profile 1, 'segment' is"),
+        (lambda r: r["profiles"][0].update(segment="all"), "profile 1, 'segment' is 'all'; expected min, opt and max"),
+        (lambda r: r["profiles"][0].pop("memory"), "profile 1 is for ['segment']; the engine has the inputs ['memory', 'segment']"),
+        (lambda r: r["profiles"][0].update(more={}), "profile 1 is for ['memory', 'more', 'segment']"),
+        (lambda r: sizes(r, "memory").update(max=[8, 2, 4]), "profile 1, 'memory': its shapes are ((1, 2, 3), (8, 2, 3), (8, 2, 4)); expected"),
+        (lambda r: sizes(r, "memory").update(max=[4, 2, 3]), "profile 1, 'memory': its shapes are ((1, 2, 3), (8, 2, 3), (4, 2, 3)); expected"),
+        (lambda r: r["profiles"].append({}), "profile 2 is for []; the engine has the inputs"),
+    ],
+)  # fmt: skip
+def test_profiles_that_do_not_take_what_a_runtime_steps(tmp_path: Path, change: Any, message: str) -> None:
+    path = spoiled(tmp_path, change)
+    with pytest.raises(FormatError, match=rf"{NAME}\.json: {re.escape(message)}.*{AGAIN}"):
+        RMTRuntime(path.with_suffix(".engine"))
+
+
+# The engine file itself.
+
+
+def test_a_truncated_engine(tmp_path: Path) -> None:
+    path = write_engine(tmp_path, record_of(), DATA[:-1])
+    (file,) = engine_files(open_source(path))
+    message = (
+        rf"the file has {len(DATA) - 1} bytes, and its record says {len(DATA)}: it was cut or altered\. Copy it again"
+    )
+    with on_machine(rtx_machine()), pytest.raises(EngineError, match=rf"{NAME}\.engine: {message}"):
+        runnable(open_source(path), "tensorrt-rtx", None, 0)
+    with pytest.raises(FormatError, match=rf"{NAME}\.engine: {message}"):
+        read_checked(file)
+
+
+def test_an_altered_engine_is_not_loaded(tmp_path: Path) -> None:
+    path = write_engine(tmp_path, record_of(), DATA[:-1] + b"!")
+    with on_machine(rtx_machine()):
+        found = runnable(open_source(path), "tensorrt-rtx", None, 0)
+    with pytest.raises(
+        FormatError, match=rf"{NAME}\.engine is not the engine that its record describes \(SHA-256 differs\).*Copy both"
+    ):
+        read_checked(found["all"])
+
+
+@pytest.mark.parametrize("kind", ["gone", "folder"])
+def test_an_engine_that_went_away(tmp_path: Path, kind: str) -> None:
+    path = write_engine(tmp_path, record_of())
+    (file,) = engine_files(open_source(path))
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    with pytest.raises(FormatError, match=rf"{NAME}\.engine: the file is missing, or no regular file\. Copy it again"):
+        read_checked(file)
+
+
+# Engines of a bundle.
+
+
+def unreadable(bundle: Path) -> str:
+    """What is said of the one engine file of a bundle that cannot be believed."""
+    files, reasons = listed(open_source(bundle))
+    assert files == ()
+    assert list(reasons) == ["x.engine"]
+    return reasons["x.engine"]
+
+
+def test_a_record_that_was_altered_in_a_bundle(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, record_of(name="x"))
+    (bundle / "engines/x.json").write_text((bundle / "engines/x.json").read_text().replace("fp16", "fp32"))
+    assert "x.json is not the file that was exported (SHA-256 differs). Copy the bundle again" in unreadable(bundle)
+
+
+@pytest.mark.parametrize("missing", ["engines/x.json", "engines/x.engine"])
+def test_an_engine_and_its_record_go_together_in_a_manifest(tmp_path: Path, missing: str) -> None:
+    bundle = bundle_of(tmp_path, record_of(name="x"))
+    alter(bundle, lambda manifest: manifest["files"].pop(missing))
+    assert f"manifest has no {missing}, and an engine and its record go together. {AGAIN}" in unreadable(bundle)
+
+
+@pytest.mark.parametrize("change", [{"size": 5}, {"sha256": "0" * 64}, {"file": "y.engine"}])
+def test_a_record_of_another_file_in_a_bundle(tmp_path: Path, change: dict[str, Any]) -> None:
+    bundle = bundle_of(tmp_path, record_of(name="x"))
+    put(bundle, "engines/x.json", replace(record_of(name="x"), **change).to_json().encode())
+    assert "engines/x.json is about another file than engines/x.engine in the manifest" in unreadable(bundle)
+
+
+def test_an_engine_of_another_model_in_a_bundle(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, record_of(SPEC.with_(fingerprint="0" * 64), name="x"))
+    assert f"carries another step spec than the bundle: it is an engine of another model. {AGAIN}" in unreadable(bundle)
+
+
+@pytest.mark.parametrize("linked", ["file", "folder"])
+def test_an_engine_that_leads_out_of_the_bundle(tmp_path: Path, linked: str) -> None:
+    bundle = bundle_of(tmp_path, record_of(name="x"))
+    part = bundle / ("engines/x.engine" if linked == "file" else "engines")
+    part.rename(tmp_path / "outside")
+    part.symlink_to(tmp_path / "outside")
+    assert re.search(r"x\.engine leads out of the bundle through a link|no regular file inside", unreadable(bundle))
+
+
+def test_a_damaged_record_does_not_stop_the_others(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, record_of(name="x"), record_of(name="y"))
+    put(bundle, "engines/x.json", b"{}")
+    source = open_source(bundle)
+    with on_machine(rtx_machine()) as facts:
+        assert runnable(source, "tensorrt-rtx", None, 0)["all"].path.name == "y.engine"
+        facts.capability = 86
+        with pytest.raises(
+            EngineError, match=r"y\.engine: it was built for .*; x\.engine: .*describes no engine"
+        ) as error:
+            runnable(source, "tensorrt-rtx", None, 0)
+    assert "rmt-build" in said(error)
+
+
+# Engines of another machine.
+
+
+def reason(folder: Path, record: EngineRecord, facts: Facts) -> str:
+    """What a machine says against an engine by itself."""
+    (file,) = engine_files(open_source(write_engine(folder, record)))
+    with on_machine(facts):
+        return refusal_of(file, 0) or ""
+
+
+def test_an_engine_of_another_system(tmp_path: Path) -> None:
+    record = record_of(engine="tensorrt", os="Windows", machine="AMD64")
+    assert reason(tmp_path, record, tensorrt_machine()) == (
+        "it was built on Windows AMD64, and this machine is Linux x86_64: engines do not run across. Build it on such a "
+        "machine"
+    )
+
+
+def test_an_engine_for_another_gpu_and_what_to_build(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, record_of(capabilities=(86, 120)))
+    with on_machine(rtx_machine()):
+        told = refusal(open_source(bundle), "tensorrt-rtx", None, 0)
+    assert told == (
+        f"tensorrt-rtx-fp16-all-sm86-sm120-b8.engine: it was built for compute capability 8.6 or 12.0; GPU 0 has 8.9. To "
+        f"build one for GPU 0: rmt-build {bundle} --engine tensorrt-rtx --dtype fp16 --compute-capability 89"
+    )
+
+
+def test_tensorrt_rtx_does_not_run_on_every_gpu(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, record_of())
+    with on_machine(rtx_machine(capability=90)) as facts:
+        told = refusal(open_source(bundle), "tensorrt-rtx", "fp16", 0) or ""
+        del facts.packages["tensorrt_rtx"]
+        assert refusal(open_source(bundle), "tensorrt-rtx", "fp16", 0) == told
+    assert "8.9; GPU 0 has 9.0. TensorRT-RTX does not run on compute capability 9.0, which GPU 0 has" in told
+    assert told.endswith(f"rmt-build {bundle} --engine tensorrt --dtype fp16")
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_a_package_that_is_not_installed(tmp_path: Path, compatible: bool) -> None:
+    told = reason(tmp_path, record_of(engine="tensorrt", version_compatible=compatible), rtx_machine())
+    assert told.startswith("it needs the Python package 'tensorrt': pip install 'rmt-trt[tensorrt]'")
+    assert ("rmt-trt[tensorrt-lean] runs it too" in told) == compatible
+    told = reason(tmp_path, record_of(), tensorrt_machine())
+    assert told == "it needs the Python package 'tensorrt_rtx': pip install 'rmt-trt[tensorrt-rtx]'"
+
+
+@pytest.mark.parametrize(
+    ("record", "package", "here", "message"),
+    [
+        ({"engine": "tensorrt"}, "tensorrt", "11.3.0.9", "tensorrt 11.4.0.106 built it, and tensorrt 11.3.0.9 is installed here; TensorRT runs an engine only in the version that built it. Install that: pip install 'tensorrt==11.4.0.106', or build it again here"),
+        ({}, "tensorrt_rtx", "1.8.0.1", "tensorrt_rtx 1.7.1.116 built it, and tensorrt_rtx 1.8.0.1 is installed here; TensorRT-RTX runs an engine only in the release that built it. Install that: pip install 'tensorrt-rtx==1.7.1.116', or"),
+        ({"engine": "tensorrt", "version_compatible": True}, "tensorrt", "10.16.1.11", "a version-compatible engine runs in later versions of the same major one, and those of 10 in 11. Install such a one: pip install 'tensorrt==11.4.0.106'"),
+        ({"engine": "tensorrt"}, "tensorrt_lean", "11.4.0.106", "tensorrt_lean 11.4.0.106 runs version-compatible engines only, and it is not one. Install the whole of TensorRT, pip install 'tensorrt==11.4.0.106', or build it with --version-compatible"),
+        ({"engine": "tensorrt"}, "tensorrt_dispatch", "11.4.0.106", "tensorrt_dispatch 11.4.0.106 runs version-compatible engines only, and it is not one"),
+    ],
+)  # fmt: skip
+def test_a_package_of_another_version(tmp_path: Path, record: Any, package: str, here: str, message: str) -> None:
+    facts = Facts()
+    facts.install(package, here)
+    assert message in reason(tmp_path, record_of(**record), facts)
+
+
+def test_every_package_that_is_there_gives_its_reason(tmp_path: Path) -> None:
+    facts = tensorrt_machine()
+    facts.install("tensorrt_lean", "11.4.0.106")
+    told = reason(tmp_path, record_of(engine="tensorrt", version="11.5.0.1"), facts)
+    assert "tensorrt 11.5.0.1 built it, and tensorrt 11.4.0.106 is installed here" in told
+    assert "; tensorrt_lean 11.4.0.106 runs version-compatible engines only" in told
+
+
+def test_an_engine_without_weights(tmp_path: Path) -> None:
+    told = reason(tmp_path, record_of(stripped=True), rtx_machine())
+    assert (
+        told
+        == "it holds no weights, and this version of rmt-trt does not put them back. Build it without --strip-weights"
+    )
+
+
+def test_a_machine_without_a_driver_says_what_the_engine_needs(tmp_path: Path) -> None:
+    told = reason(tmp_path, record_of(capabilities=(89, 120)), rtx_machine(gpu="there is no usable CUDA driver"))
+    assert told == (
+        "there is no usable CUDA driver. It needs a GPU of compute capability 8.9 or 12.0, and tensorrt_rtx 1.7.1.116"
+    )
+    record = record_of(engine="tensorrt", hardware_compatible="ampere_plus", version_compatible=True)
+    told = reason(tmp_path, record, rtx_machine(gpu="no driver"))
+    assert (
+        told == "no driver. It needs a GPU of compute capability 8.0 or higher, and tensorrt 11.4.0.106 or a later one"
+    )
+
+
+@pytest.mark.parametrize(("wanted", "newer"), [(13, " to 580 or newer"), (99, "")])
+def test_a_driver_that_is_too_old_for_the_package(tmp_path: Path, wanted: int, newer: str) -> None:
+    told = reason(tmp_path, record_of(), rtx_machine(driver=(12, 9), cuda=wanted))
+    assert told == (
+        f"tensorrt_rtx is here for CUDA {wanted}, and the driver runs CUDA 12.9 at the most: it is too old. Update the "
+        f"NVIDIA driver{newer}"
+    )
+    assert reason(tmp_path, record_of(), rtx_machine(driver=(13, 0), cuda=12)) == ""
+    assert reason(tmp_path, record_of(), rtx_machine(driver=(12, 0), cuda=None)) == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "messages"),
+    [
+        (("OLD_CUDA_DRIVER",), ["OLD_CUDA_DRIVER, the driver is too old for it: update the NVIDIA driver"]),
+        (
+            ("UNSUPPORTED_CC", "INSUFFICIENT_GPU_MEMORY"),
+            ["UNSUPPORTED_CC, it was not built for this GPU", "end what else"],
+        ),
+        ((), ["it gives no reason"]),
+    ],
+)
+def test_what_tensorrt_rtx_says_of_an_engine_is_passed_on(
+    tmp_path: Path, found: tuple[str, ...], messages: list[str]
+) -> None:
+    facts = Facts()
+    facts.install("tensorrt_rtx", "1.7.1.116", **rtx_names(Judge("INVALID", *found)))
+    told = reason(tmp_path, record_of(), facts)
+    assert told.startswith("TensorRT-RTX 1.7.1.116 says that it is not valid here: ")
+    for message in messages:
+        assert message in told
+
+
+def test_the_real_tensorrt_rtx_is_shown_a_file_that_is_no_engine(tmp_path: Path) -> None:
+    facts = Facts(packages={"tensorrt_rtx": tensorrt_rtx})
+    told = reason(tmp_path, record_of(version=tensorrt_rtx.__version__), facts)
+    assert told.endswith("MALFORMED_ENGINE, it is no engine of TensorRT-RTX: build the engine again")
+
+
+def test_every_diagnosis_of_the_real_tensorrt_rtx_has_its_advice(tmp_path: Path) -> None:
+    for name in tensorrt_rtx.EngineInvalidityDiagnostics.__members__:
+        facts = Facts()
+        facts.install("tensorrt_rtx", "1.7.1.116", **rtx_names(Judge("INVALID", name)))
+        assert re.search(rf"not valid here: {name}, .+: .+", reason(tmp_path, record_of(), facts))
+
+
+def test_a_library_that_cannot_look_at_an_engine(tmp_path: Path) -> None:
+    def fails(logger: Any) -> Any:
+        raise RuntimeError("out\nof order")
+
+    facts = Facts()
+    facts.install("tensorrt_rtx", "1.7.1.116", **{**rtx_names(Judge("VALID")), "Runtime": fails})
+    assert reason(tmp_path, record_of(), facts) == "TensorRT-RTX 1.7.1.116 could not look at it: out of order"
+
+
+# What a source lacks altogether.
+
+
+def test_an_engine_for_another_flavour(tmp_path: Path) -> None:
+    source = open_source(write_engine(tmp_path, record_of()))
+    with on_machine(tensorrt_machine()):
+        told = refusal(source, "tensorrt", None, 0) or ""
+    assert told.startswith(
+        "it is an engine for 'tensorrt-rtx', built by tensorrt_rtx 1.7.1.116. To build one for GPU 0: "
+    )
+    assert told.endswith("rmt-build NAME.rmt --engine tensorrt --dtype fp16")
+
+
+def test_a_dtype_that_no_engine_has(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, record_of(dtype="int8"), record_of(dtype="fp32"))
+    with on_machine(rtx_machine()):
+        told = refusal(open_source(bundle), "tensorrt-rtx", "bf16", 0) or ""
+        assert told.startswith(
+            "its engine files compute in fp32, int8, not in bf16. To build one for GPU 0: rmt-build "
+        )
+        assert told.endswith("--dtype bf16 --compute-capability 89")
+    (tmp_path / "other").mkdir()
+    bundle = bundle_of(tmp_path / "other", record_of(dtype="int8"))
+    with on_machine(rtx_machine()):
+        told = refusal(open_source(bundle), "tensorrt-rtx", None, 0) or ""
+    assert told.startswith("its engine files compute in int8, which has to be asked for. ")
+
+
+@pytest.mark.parametrize("gpu", [None, "no driver"])
+def test_a_bundle_without_engines_says_what_to_build(tmp_path: Path, gpu: str | None) -> None:
+    (tmp_path / "a folder").mkdir()
+    bundle = bundle_of(tmp_path / "a folder")
+    with on_machine(rtx_machine(gpu=gpu)):
+        told = {engine: refusal(open_source(bundle), engine, None, 0) or "" for engine in ("tensorrt", "tensorrt-rtx")}
+    for engine, line in told.items():
+        assert line.startswith("the bundle has no engine file for it. To build one")
+        command = shlex.split(line.partition(": ")[2])
+        assert command[:6] == ["rmt-build", str(bundle), "--engine", engine, "--dtype", "fp16"]
+    assert told["tensorrt-rtx"].endswith("--compute-capability 89" + ("" if gpu is None else ",120"))
+
+
+def test_other_engines_refuse_an_engine_by_itself_in_words_of_their_own(tmp_path: Path) -> None:
+    source = open_source(write_engine(tmp_path, record_of()))
+    for engine, message in {
+        "cpu": "it runs a graph, and this is a TensorRT engine by itself. Open the bundle",
+        "torch": "it runs a checkpoint (model.pt), and this is a TensorRT engine",
+        "cuda": "it runs a bundle's graphs for CUDA",
+    }.items():
+        with pytest.raises(EngineError, match=re.escape(message)):
+            choose(source, engine, None, 0)
+
+
+# The facts themselves.
+
+
+@pytest.mark.parametrize("device", [1, 7])
+def test_a_gpu_of_an_index_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: int) -> None:
+    class Device:
+        @staticmethod
+        def get_all_devices() -> list[int]:
+            return [0]
+
+    class Core:
+        pass
+
+    core = Core()
+    core.Device = Device  # type: ignore[attr-defined]
+    monkeypatch.setattr(cuda, "library", lambda: core)
+    assert machine.gpu_refusal(0, "tensorrt", "it") is None
+    told = machine.gpu_refusal(device, "tensorrt", "it")
+    assert told == f"device {device} was asked for; the CUDA driver sees 1, numbered from 0"
+
+
+def test_the_library_that_looks_for_a_gpu_is_named_with_the_extra_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    told = machine.gpu_refusal(0, "tensorrt-rtx", "it")
+    assert told is not None
+    assert told.startswith("it needs the Python package 'cuda.core'")
+    assert told.endswith("pip install 'rmt-trt[tensorrt-rtx]'")
+
+
+def test_a_package_whose_libraries_do_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tensorrt_broken.py").write_text("raise OSError('libnvinfer.so.11: cannot open')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert machine.installed("tensorrt_broken")
+    with pytest.raises(
+        EngineError, match=r"'tensorrt_broken', whose libraries .*libnvinfer.*--force-reinstall 'rmt-trt\[x\]'"
+    ):
+        machine.module("tensorrt_broken", "x", "it")
+
+
+def test_the_cuda_of_a_package_stands_in_the_name_of_its_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"a": ["tensorrt_cu13"], "b": ["tensorrt-lean-cu12"], "c": ["tensorrt"], "d": ["cuda_core"]}
+    monkeypatch.setattr(machine, "_distributions", lambda: known)
+    assert [machine.built_for_cuda(name) for name in "abcde"] == [13, 12, None, None, None]
+
+
+def test_a_record_with_large_states_is_read_in_its_bundle(tmp_path: Path) -> None:
+    """What a lone engine may not bring, a bundle whose spec says so may."""
+    spec = CLASSIFIER.with_(states=(replace(CLASSIFIER.states[0], shape=(13 << 20,)),))
+    noise = np.random.default_rng(0).integers(1, 1 << 30, 13 << 20, np.int32).view(np.float32)
+    path = write_engine(tmp_path, record_of(spec, initial={"memory": np.abs(noise)})).with_suffix(".json")
+    assert path.stat().st_size > RECORD_LIMIT
+    with pytest.raises(FormatError, match="at most"):
+        read_record(path)
+    assert read_record(path, spec).size == len(DATA)
+
+
+def test_an_engine_name_that_is_none_is_the_callers_mistake(tmp_path: Path) -> None:
+    source = open_source(write_engine(tmp_path, record_of()))
+    with pytest.raises(ContractError, match="engine is 'trt'; expected 'auto' or one of"):
+        choose(source, "trt", None, 0)
+
+
+def test_engines_can_be_added_beside_a_damaged_one(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, record_of(name="x"))
+    put(bundle, "engines/x.json", b"{}")
+    add_engines(bundle, record_of(name="x"))
+    assert listed(open_source(bundle))[1] == {}
