@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -233,6 +233,28 @@ class Gpu:
         """Waits until all that was enqueued on `stream` is done."""
         with self._working():
             self.stream.sync()
+
+    def captured(self, work: Callable[[], None]) -> Any:
+        """What `work` enqueues on `stream`, as a graph that `launch(stream)` replays; nothing of it is done now.
+
+        The graph holds addresses and keeps no memory alive. Whatever `work` raises, the capture has ended when it comes
+        out.
+        """
+        with saying(f"device {self.index} captured no CUDA graph"):
+            builder = self.stream.create_graph_builder()
+            try:
+                # Of this thread alone: an allocation in another one does not spoil it.
+                builder.begin_building(mode="thread_local")
+                try:
+                    work()
+                except BaseException:
+                    with suppress(Exception):  # what went wrong inside says more than that the capture is spoiled
+                        builder.end_building()
+                    raise
+                builder.end_building()
+                return builder.complete()
+            finally:
+                builder.close()
 
     def array(self, buffer: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         """A buffer as an array that speaks DLPack, without a copy. Its work is waited for first."""

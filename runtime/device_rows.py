@@ -1,4 +1,4 @@
-"""Rows of documents in a GPU's memory: their states in and out, gathered, and the logits of a step read from them.
+"""Rows of documents in a GPU's memory: their states in, out, gathered and stepped, and the logits read that a step left.
 
 What every GPU engine does the same way; what runs a step is its own. All is enqueued on the GPU's stream.
 """
@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rmt_trt.contract import LOGITS, Answer, Head, StepSpec
-from rmt_trt.runtime.buckets import States, new_states, state_bytes
-from rmt_trt.runtime.cuda import Gpu
+from rmt_trt.contract import LOGITS, PAD, Answer, Head, StepSpec
+from rmt_trt.errors import EngineError
+from rmt_trt.runtime.buckets import Bucket, Replay, States, advance, enter, leave, new_states, state_bytes
+from rmt_trt.runtime.cuda import Gpu, one_line
 from rmt_trt.runtime.loglik import reduced
 from rmt_trt.runtime.signature import LOGLIK
 
@@ -49,6 +50,30 @@ def take(gpu: Gpu, spec: StepSpec, parts: Sequence[States], rows: np.ndarray) ->
         for source, target, size in zip(part.buffers, made.buffers, state_bytes(spec), strict=True):
             gpu.copy(source, target, count * size, first * size, place * size)
     return made
+
+
+def through(
+    gpu: Gpu, spec: StepSpec, bucket: Bucket, replay: Replay, states: States, segments: np.ndarray, library: str
+) -> States:
+    """The states after a step for each of the segments (n, batch, S), in memory of their own; waits for none of them.
+
+    Errors: EngineError, naming the `library` that runs the steps.
+    """
+    enter(gpu, spec, bucket, states)
+    try:
+        advance(gpu, bucket, replay, segments)
+    except EngineError:
+        raise
+    except Exception as err:  # what libraries raise shares no base class of its own
+        raise EngineError(f"{library} failed in a step of {states.batch} documents: {one_line(err)}") from err
+    return leave(gpu, spec, bucket, states.batch, len(segments))
+
+
+def padded(spec: StepSpec, segment: np.ndarray) -> np.ndarray:
+    """A segment (batch, s) as a block of one of full length: (1, batch, S)."""
+    block = np.full((1, len(segment), spec.segment_length), PAD, np.int64)
+    block[0, :, : segment.shape[1]] = segment
+    return block
 
 
 def answer(gpu: Gpu, spec: StepSpec, outputs: Outputs, segment: np.ndarray, head: Head, host: bool) -> Answer | None:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from rmt_trt.bundle import Bundle
-from rmt_trt.contract import PAD, SEGMENT, Answer, Head
+from rmt_trt.contract import SEGMENT, Answer, Head
 from rmt_trt.errors import EngineError, require
 from rmt_trt.runtime import cuda, device_rows
-from rmt_trt.runtime.buckets import Bucket, Replay, States, advance, enter, leave, new_bucket
+from rmt_trt.runtime.buckets import Bucket, Replay, States, new_bucket
 from rmt_trt.runtime.cuda import one_line
 from rmt_trt.runtime.signature import check_signature
 from rmt_trt.runtime.worker import on_worker
@@ -159,9 +159,7 @@ class CudaEngine:
             full = length == self._spec.segment_length and bool((segment >= 0).all())
             bucket = self._bucket(batch)
             replay = self._replay(bucket, self._key("full" if full else "step", head, bucket.size))
-            padded = np.full((1, batch, self._spec.segment_length), PAD, np.int64)
-            padded[0, :, :length] = segment
-            new = self._through(bucket, replay, states, padded)
+            new = self._through(bucket, replay, states, device_rows.padded(self._spec, segment))
             return new, device_rows.answer(self._gpu, self._spec, replay.outputs, segment, head, host)
 
     @on_worker
@@ -200,14 +198,7 @@ class CudaEngine:
                 self._gpu.close()
 
     def _through(self, bucket: Bucket, replay: Replay, states: States, segments: np.ndarray) -> States:
-        enter(self._gpu, self._spec, bucket, states)
-        try:
-            advance(self._gpu, bucket, replay, segments)
-        except EngineError:
-            raise
-        except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
-            raise EngineError(f"ONNX Runtime failed in a step of {states.batch} documents: {one_line(err)}") from err
-        return leave(self._gpu, self._spec, bucket, states.batch, len(segments))
+        return device_rows.through(self._gpu, self._spec, bucket, replay, states, segments, "ONNX Runtime")
 
     def _key(self, role: str, head: Head, size: int) -> Key:
         """The graph that does it with the least: a bundle with plain graphs has ("step", "all") only."""
@@ -249,7 +240,7 @@ class CudaEngine:
             for side in (0, 1):
                 replay.run(side)
             self._gpu.wait()
-        except Exception as err:  # see _through
+        except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
             raise EngineError(f"ONNX Runtime cannot capture the step on this GPU: {one_line(err)}") from err
 
     def _bind(self, session: Any, bucket: Bucket, side: int, outputs: dict[str, tuple[Any, tuple[int, ...]]]) -> Any:
