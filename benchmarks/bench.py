@@ -26,6 +26,7 @@ from rmt_trt.benchmarks.ours import (
     load,
     memory_after,
     run_call,
+    step_seconds,
     step_times,
     texts,
 )
@@ -43,7 +44,6 @@ Say = Callable[[str], None]
 KERNEL_STEPS = 16
 KERNEL_SECONDS = 6.0  # of two recordings, and of opening a peer that was opened before
 FP32_TIMES = 5  # a step in fp32 by one in half precision, about, and without its tensor cores
-DEFAULT_RATE = 1e5  # tokens per second, where ours was not measured
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _peer_tasks(run: Run, segments: Segments | None, peers: list[Candidate]) -> 
 
 def _lasting(run: Run) -> list[Task]:
     """Many documents, and one that is very long."""
-    tasks, extra, rate = [], run.extra, _rates(run.results)
+    tasks, extra, rate = [], run.extra, _rates(run)
     options, grown = extra.many, extra.growth
     if options is not None:
         tokens = int(lengths(options).sum()) * run.runtime.spec.segment_length
@@ -242,11 +242,14 @@ def _drift(run: Run) -> list[Task]:
         args = (extra.drift_dtypes, segments, run.results, run.say, extra.drift_reference)
         drift(run.prepared.bundle, run.plan, *args)
 
-    each = segments * spec.segment_length / _rates(run.results)[0]
+    each = segments * spec.segment_length / _rates(run)[0]
     return [Task("drift", OURS, call, 4.0 + (FP32_TIMES + len(extra.drift_dtypes)) * each)]
 
 
-def _rates(results: Results) -> list[float]:
-    """Tokens per second of ours, by batch size; a guess where none was measured."""
-    rows = sorted(results.of("step", OURS), key=lambda row: row.batch)
-    return [row.tokens_per_second for row in rows if row.tokens_per_second] or [DEFAULT_RATE]
+def _rates(run: Run) -> list[float]:
+    """Tokens per second of ours at the batch sizes, the smallest first; by short runs where none was measured."""
+    size = run.runtime.spec.segment_length
+    rows = sorted(run.results.of("step", OURS), key=lambda row: row.batch)
+    measured = [row.tokens_per_second for row in rows if row.tokens_per_second]
+    sizes = run.plan.smallest_and_largest
+    return measured or [batch * size / step_seconds(run.runtime, run.plan, batch) for batch in sizes]

@@ -12,7 +12,7 @@ FOLDERS = {"--out": "bench", "-o": "bench", "--work": "bench-work", "--suite": "
 def shown(arguments: Sequence[str], command: str = "rmt-bench") -> str:
     """One line. An absolute path of a folder that the command makes becomes its default name; of another file, its
     path from the working folder, or its bare name where it lies elsewhere."""
-    written, flag = [command], ""
+    written, flag = command.split(), ""
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if equals and name in FOLDERS:

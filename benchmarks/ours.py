@@ -21,10 +21,9 @@ OURS = "rmt-trt"
 ENERGY_SECONDS = 2.0  # the counter moves every tenth of a second or so
 MORE_TOKENS = 1000
 RUN_SECONDS = 0.5  # a run that compares engines takes at least about so long: what a run costs once then weighs little
-FEWEST_STEPS, FEWEST_SMALL_STEPS, MOST_STEPS = 32, 256, 4096
-SMALL_STEP = 1e-3  # seconds
+FEWEST_STEPS, MOST_STEPS = 32, 4096
 CPU_STEPS = 8  # there a step takes long beside all else
-PROBED = (8, 40)  # segments of the two runs by which a step is judged beforehand
+PROBED, CPU_PROBED = (8, 40), (1, 3)  # segments of the two runs by which a step is judged beforehand
 
 
 def load(bundle: Path, plan: Plan, meters: Meters, results: Results, max_batch: int) -> RMTRuntime:
@@ -52,18 +51,22 @@ def choose_steps(runtime: RMTRuntime, plan: Plan, batch: int) -> int:
     """Full segments in a run that compares engines at a batch size, at least CHECKED_SEGMENTS."""
     if plan.steps is not None or not plan.gpu:
         return max(plan.steps or CPU_STEPS, CHECKED_SEGMENTS)
-    size = runtime.spec.segment_length
+    return steps_for(step_seconds(runtime, plan, batch))
+
+
+def step_seconds(runtime: RMTRuntime, plan: Plan, batch: int) -> float:
+    """Seconds of a step at a batch size, by two short runs: enough to plan by."""
+    size, counts = runtime.spec.segment_length, PROBED if plan.gpu else CPU_PROBED
+    effort = Effort(3, 1.0) if plan.gpu else Effort(1, 1.0, at_least=1)
     few, more = (
-        measure(run_call(runtime, list(documents(runtime.spec, batch, count * size))), Effort(3, 1.0)).low
-        for count in PROBED
+        measure(run_call(runtime, list(documents(runtime.spec, batch, count * size))), effort).low for count in counts
     )
-    return steps_for(max(more - few, 1e-6) / (PROBED[1] - PROBED[0]))
+    return max(more - few, 1e-6) / (counts[1] - counts[0])
 
 
 def steps_for(seconds: float) -> int:
     """Segments of a run, by the seconds of a step."""
-    fewest = FEWEST_SMALL_STEPS if seconds < SMALL_STEP else FEWEST_STEPS
-    return min(MOST_STEPS, max(fewest, math.ceil(RUN_SECONDS / seconds)))
+    return min(MOST_STEPS, max(FEWEST_STEPS, math.ceil(RUN_SECONDS / seconds)))
 
 
 def texts(segments: np.ndarray) -> Any:

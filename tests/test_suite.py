@@ -15,7 +15,7 @@ from models import made
 from typer.testing import CliRunner
 
 from rmt_trt import RMTRuntime
-from rmt_trt.benchmarks import recall, suite
+from rmt_trt.benchmarks import bench, recall, suite
 from rmt_trt.benchmarks.bench import Extra, run_benchmark
 from rmt_trt.benchmarks.budget import Budget, Task, carry_out
 from rmt_trt.benchmarks.candidates import candidates
@@ -164,9 +164,7 @@ def test_the_best_variant_of_each_group_is_what_ours_is_measured_by():
     assert "| ONNX Runtime: opset 20: failed | 1 |" in text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "steps"), [(1e-4, 1200), (6e-4, 256), (1e-3, 120), (8e-3, 32), (1.0, 32), (1e-6, 4096)]
-)
+@pytest.mark.parametrize(("seconds", "steps"), [(2e-4, 2500), (8e-3, 63), (1.0, 32), (1e-6, 4096)])
 def test_a_run_has_as_many_segments_as_make_it_long(seconds, steps):
     assert steps_for(seconds) == steps
 
@@ -176,6 +174,18 @@ def test_the_segments_of_a_run_are_chosen_by_a_probe_on_a_gpu_alone():
         assert choose_steps(runtime, Plan(engine="cpu", dtype="fp32", peers=()), 2) == 8
         assert choose_steps(runtime, Plan(steps=2), 2) == 4  # as many as are compared with the fp32 step
         assert 32 <= choose_steps(runtime, Plan(), 2) <= 4096
+
+
+@pytest.mark.parametrize(("seconds", "failed"), [(None, ""), (1e3, LEFT_OUT)])
+def test_what_lasts_is_planned_by_a_short_run_where_nothing_was_compared(seconds, failed, tmp_path, monkeypatch):
+    if seconds is not None:
+        monkeypatch.setattr(bench, "step_seconds", lambda runtime, plan, batch: seconds)
+    this = made("bert")
+    prepared = Prepared("bert", this.bundle, this.model, "random")
+    options = Plan(engine="cpu", dtype="fp32", peers=(), batches=(1,), tokens=(64,))
+    extra = Extra(compare=False, growth=2000)
+    found = run_benchmark(prepared, options, extra, tmp_path, tmp_path, lambda text: None, Budget(120.0))
+    assert {row.failed for row in found.of("growth")} == {failed}
 
 
 def test_libraries_write_into_a_file_while_they_are_kept_quiet(tmp_path):
