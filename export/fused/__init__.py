@@ -20,9 +20,9 @@ from rmt_trt.model.step import RMTModel
 
 __all__ = ["CannotFuse", "FusedGraphs", "fused_graphs"]
 
-# Roles, each with the number of documents from which on its graph is the one to take. From 8 full rows on a step takes
-# three products for query, key and value: see `blocks.separate_attention`.
-VARIANTS = [("full", 1), ("full", 8), ("step", 1)]
+# Full rows from which on a step takes three products for query, key and value (`blocks.separate_attention`), by form: where
+# the two ways meet on an H200. See docs/performance.md.
+SEPARATE_FROM = {"encoder": 8, "decoder": 16}
 HEADS = {"classifier": ("none", "all"), "lm": ("none", "last", "all", "loglik")}
 
 
@@ -54,10 +54,10 @@ def fused_graphs(model: RMTModel, spec: StepSpec, dtype: str, folder: Path, grou
     metadata = to_metadata(spec, {"memory": model.memory.detach().numpy()})
     weights = Weights(folder / f"cuda-{dtype}.data", dtype)
     # Rotary attention takes query and key apart by itself, whatever the batch.
-    variants = [("full", 1), ("step", 1)] if backbone.rotary is not None else VARIANTS
+    large = [] if backbone.rotary is not None else [("full", SEPARATE_FROM[spec.form])]
     written = []
     try:
-        for role, min_batch in variants:
+        for role, min_batch in [("full", 1), *large, ("step", 1)]:
             for head in HEADS[spec.logits]:
                 graph = Graph(weights, dtype != "fp32" if grouped is None else grouped)
                 step = encoder_step if spec.form == "encoder" else decoder_step
