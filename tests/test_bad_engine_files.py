@@ -136,7 +136,8 @@ def test_a_record_of_a_size_that_none_has_is_not_read(tmp_path: Path) -> None:
         ("profiles", [{}] * 17, "expected 1 to 16 profiles"),
         ("metadata", {SPEC_KEY: 3, INITIAL_KEY: ""}, "expected the step spec and the initial state as text"),
         ("decomposable", ["n"] * (1 << 16 | 1), "expected at most 65536 names"),
-        ("seconds", float("nan"), "expected a time"),
+        ("seconds", float("inf"), "expected a time"),
+        ("seconds", -1.0, "expected a time"),
         ("stripped", 1, "it was altered"),
     ],
 )
@@ -427,6 +428,15 @@ def test_a_machine_without_a_driver_says_what_the_engine_needs(tmp_path: Path) -
     told = reason(tmp_path, record, rtx_machine(gpu="no driver"))
     assert (
         told == "no driver. It needs a GPU of compute capability 8.0 or higher, and tensorrt 11.4.0.106 or a later one"
+    )
+
+
+def test_no_build_is_advised_where_the_gpu_is_what_is_missing(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, record_of(name="x"), record_of(name="y"))
+    with on_machine(rtx_machine(gpu="no driver")):
+        told = refusal(open_source(bundle), "tensorrt-rtx", None, 0)
+    assert told == (
+        "x.engine, y.engine: no driver. It needs a GPU of compute capability 8.9, and tensorrt_rtx 1.7.1.116"
     )
 
 
