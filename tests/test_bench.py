@@ -420,6 +420,8 @@ def test_a_plan_that_makes_no_sense_is_refused(options, message):
         (["--engine", "cpu"], "give either a bundle or checkpoint to measure, or --preset"),
         (["x.pt", "--engine", "cpu", "--preset", "example"], "give either"),
         (["--engine", "cpu", "--preset", "bert-huge"], "--preset is 'bert-huge'; expected one of bert-base"),
+        (["--preset", "bert-large"], "--preset is 'bert-large'; expected one of bert-base"),
+        (["--preset", "example", "--engine", "cpu", "--drift-dtypes", "evil"], "--drift-dtypes names 'evil'"),
         (["x.pt", "--engine", "cpu", "--drift", "--segments", "1"], "--segments is 1"),
     ],
 )
@@ -429,6 +431,17 @@ def test_bad_options_give_one_clear_error(arguments, message, tmp_path):
     assert isinstance(done.exception, ContractError), done.exception
     assert message in str(done.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--out", "--suite"])
+def test_a_file_where_a_folder_is_wanted_stays_as_it_is(flag, tmp_path):
+    place = tmp_path / "here"
+    place.write_text("mine")
+    arguments = ["--preset", "example", "--engine", "cpu"] if flag == "--out" else []
+    done = CliRunner().invoke(app, [*arguments, flag, str(place), "--work", str(tmp_path / "work")])
+    assert isinstance(done.exception, ContractError)
+    assert f"{flag} is {place}, a file; expected a folder" in str(done.exception)
+    assert place.read_text() == "mine"
 
 
 def test_a_machine_without_the_gpu_is_told_so_before_anything_is_exported(tmp_path, monkeypatch):

@@ -92,13 +92,14 @@ def bench(
     if suite is not None:
         if model is not None or preset is not None:
             raise ContractError("--suite measures every preset; give no model and no --preset with it")
+        _check_folder("--suite", suite)
         return _suite(suite, work, device, budget, quick, compile_mode)
     from rmt_trt.benchmarks.bench import Extra, run_benchmark
     from rmt_trt.benchmarks.budget import Budget
     from rmt_trt.benchmarks.machine import require_device
     from rmt_trt.benchmarks.many import ManyOptions
-    from rmt_trt.benchmarks.plan import Plan
-    from rmt_trt.benchmarks.presets import prepare
+    from rmt_trt.benchmarks.plan import COMPARED_DTYPES, Plan
+    from rmt_trt.benchmarks.presets import prepare, preset_config
     from rmt_trt.benchmarks.report import sections
     from rmt_trt.benchmarks.tables import screen_table
 
@@ -110,6 +111,12 @@ def bench(
         peers=names(peers if peers is not None else (GPU_PEERS if gpu else CPU_PEERS)),
         steps=steps, quick=quick, compile_mode=compile_mode, full_seconds=full_seconds or (3.0 if quick else 30.0),
     )  # fmt: skip
+    if preset not in (None, "example"):
+        preset_config(str(preset))
+    unknown = [name for name in names(drift_dtypes) if name not in COMPARED_DTYPES]
+    if unknown:
+        raise ContractError(f"--drift-dtypes names {unknown[0]!r}; expected some of {', '.join(COMPARED_DTYPES)}")
+    _check_folder("--out", out)
     if gpu:
         require_device(device)
     bounds = whole_numbers("--many-segments", many_segments)
@@ -149,6 +156,11 @@ def _suite(folder: Path, work: Path, device: int, budget: float | None, quick: b
     section = run_suite(folder, work, SuiteOptions(budget, quick, device, compile_mode), screen.print)
     _paper().print(screen_table(section))
     screen.print(f"{folder}/{SUMMARY}")
+
+
+def _check_folder(flag: str, path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ContractError(f"{flag} is {path}, a file; expected a folder, which is made where it is missing")
 
 
 def _paper() -> Console:
