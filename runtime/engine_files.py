@@ -185,7 +185,10 @@ def _advice(source: Source, engine: str, dtype: str | None, device: int) -> str:
         return f"To build one, on a machine with a GPU of the kind that is to run it: {line.format(engine)}"
     if engine != RTX:
         return f"To build one for GPU {device}: {line.format(engine)}"
-    capability = machine.capability(device)
+    try:
+        capability = machine.capability(device)
+    except EngineError as err:
+        return f"What to build is not known: {err}"
     if capability not in engine_fit.rtx_targets():
         return (
             f"TensorRT-RTX does not run on compute capability {engine_fit.dotted([capability])}, which GPU {device} has. To "

@@ -121,15 +121,15 @@ def _reasons(record: EngineRecord, path: Path, device: int) -> Iterator[str]:
     if gpu is not None:
         yield f"{gpu}. It needs {needs(record)}"
         return
-    if (other := _other_gpu(record, device)) is not None:
-        yield other
     try:
+        if (other := _other_gpu(record, device)) is not None:
+            yield other
         package = package_of(record)
-    except EngineError as err:
+        if (old := old_driver(package.module)) is not None:
+            yield old
+    except EngineError as err:  # of a fact that cannot be had, or of every package
         yield str(err)
         return
-    if (old := old_driver(package.module)) is not None:
-        yield old
     if record.engine == RTX and (invalid := _invalid(package, path, device)) is not None:
         yield invalid
 

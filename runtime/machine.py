@@ -32,31 +32,34 @@ def machine_name(name: str) -> str:
     return _MACHINES.get(name.lower(), name)
 
 
-def gpu_refusal(device: int, extra: str, title: str) -> str | None:
+def gpu_refusal(device: int, extra: str, purpose: str) -> str | None:
     """Why GPU `device` cannot be used, or None. The pip line names `extra`, which has the library that looks for it."""
     try:
-        require("cuda.core", extra, title)
+        require("cuda.core", extra, purpose)
     except EngineError as err:
         return str(err)
     return cuda.refusal(device)
 
 
 def capability(device: int) -> int:
-    """Compute capability of a GPU: 89 is 8.9."""
-    major, minor = cuda.library().Device(device).compute_capability
+    """Compute capability of a GPU: 89 is 8.9. Errors: EngineError, with the driver's words."""
+    with cuda.saying(f"the compute capability of GPU {device} cannot be read"):
+        major, minor = cuda.library().Device(device).compute_capability
     return 10 * int(major) + int(minor)
 
 
 def gpu_name(device: int) -> str:
-    """What the driver calls a GPU."""
-    return str(cuda.library().Device(device).name)
+    """What the driver calls a GPU. Errors: EngineError, with the driver's words."""
+    with cuda.saying(f"the name of GPU {device} cannot be read"):
+        return str(cuda.library().Device(device).name)
 
 
 def driver_cuda() -> tuple[int, int]:
-    """The newest CUDA that the driver runs: (13, 0)."""
-    import cuda.bindings.driver as driver
+    """The newest CUDA that the driver runs: (13, 0). Errors: EngineError, with the driver's words."""
+    from cuda.bindings import driver
 
-    number = int(driver.cuDriverGetVersion()[1])
+    with cuda.saying("the driver's version cannot be read"):
+        number = int(driver.cuDriverGetVersion()[1])
     return number // 1000, number % 1000 // 10
 
 

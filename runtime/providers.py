@@ -21,6 +21,7 @@ TENSORRT, NV_RTX = "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 LIBRARY = "libonnxruntime_providers_tensorrt.so"
 LIBRARY_LIMIT = 64 << 20
+_TITLES = {TENSORRT: "TensorRT", NV_RTX: "NV TensorRT-RTX"}
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,14 @@ def providers(device: int) -> tuple[Provider, ...]:
     known = set(ort.get_available_providers())
     here = {TENSORRT: TENSORRT in known, NV_RTX: NV_RTX in known or machine.installed(PLUGIN)}
     against = {TENSORRT: _against_tensorrt, NV_RTX: _against_rtx}
-    return tuple(
-        Provider(name, title, here[name], next(against[name](ort, here[name], device), None))
-        for name, title in _TITLES.items()
-    )
-
-
-_TITLES = {TENSORRT: "TensorRT", NV_RTX: "NV TensorRT-RTX"}
+    found = []
+    for name, title in _TITLES.items():
+        try:
+            reason = next(against[name](ort, here[name], device), None)
+        except EngineError as err:  # of a fact that the driver does not give
+            reason = str(err)
+        found.append(Provider(name, title, here[name], reason))
+    return tuple(found)
 
 
 def _against_tensorrt(ort: Any, found: bool, device: int) -> Iterator[str]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from engine_records import (
 from spoil import alter, put
 
 from rmt_trt import ContractError, RMTRuntime
+from rmt_trt.commands.engines_table import gpu_facts
 from rmt_trt.engine_check import RECORD_LIMIT, read_record
 from rmt_trt.engine_record import EngineRecord
 from rmt_trt.errors import EngineError, FormatError
@@ -43,6 +45,7 @@ from rmt_trt.initial_state import INITIAL_KEY, SPEC_KEY, to_metadata
 from rmt_trt.runtime import cuda, machine
 from rmt_trt.runtime.engine_files import engine_files, listed, read_checked, refusal, refusal_of, runnable
 from rmt_trt.runtime.engines import choose
+from rmt_trt.runtime.providers import providers
 from rmt_trt.runtime.source import open_source
 
 NAME = "tensorrt-rtx-fp16-all-sm89-b8"
@@ -552,20 +555,32 @@ def test_other_engines_refuse_an_engine_by_itself_in_words_of_their_own(tmp_path
 
 @pytest.mark.parametrize("device", [1, 7])
 def test_a_gpu_of_an_index_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: int) -> None:
-    class Device:
-        @staticmethod
-        def get_all_devices() -> list[int]:
-            return [0]
-
-    class Core:
-        pass
-
-    core = Core()
-    core.Device = Device  # type: ignore[attr-defined]
-    monkeypatch.setattr(cuda, "library", lambda: core)
+    devices = SimpleNamespace(get_all_devices=lambda: [0])
+    monkeypatch.setattr(cuda, "library", lambda: SimpleNamespace(Device=devices))
     assert machine.gpu_refusal(0, "tensorrt", "it") is None
     told = machine.gpu_refusal(device, "tensorrt", "it")
     assert told == f"device {device} was asked for; the CUDA driver sees 1, numbered from 0"
+
+
+def test_a_driver_that_does_not_answer_is_a_reason_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU may fall off between two questions."""
+
+    class Device:
+        def __init__(self, index: int) -> None:
+            raise RuntimeError("CUDA_ERROR_UNKNOWN: who\nknows")
+
+    monkeypatch.setattr(cuda, "library", lambda: SimpleNamespace(Device=Device))
+    ask = machine.capability
+    bundle = bundle_of(tmp_path, record_of(name="x"), record_of(engine="tensorrt", name="y"))
+    with on_machine(rtx_machine()), pytest.MonkeyPatch.context() as inside:
+        inside.setattr(machine, "capability", ask)
+        told = {engine: refusal(open_source(bundle), engine, None, 0) or "" for engine in ("tensorrt", "tensorrt-rtx")}
+        facts, found = gpu_facts(0), [provider.reason for provider in providers(0)]
+    lost = "the compute capability of GPU 0 cannot be read. The driver says: CUDA_ERROR_UNKNOWN: who knows"
+    assert told["tensorrt-rtx"] == f"x.engine: {lost}. What to build is not known: {lost}"
+    assert told["tensorrt"].startswith(f"y.engine: {lost}. To build one for GPU 0: ")
+    assert facts == {"found": False, "reason": lost}
+    assert found
 
 
 def test_the_library_that_looks_for_a_gpu_is_named_with_the_extra_of_the_engine(

@@ -14,6 +14,8 @@ import tensorrt_rtx
 from engine_records import Facts, on_machine, record_of, write_engine
 
 from rmt_trt.commands import info
+from rmt_trt.errors import EngineError
+from rmt_trt.runtime import machine
 from rmt_trt.runtime import providers as module
 from rmt_trt.runtime.providers import LIBRARY, NV_RTX, PLUGIN, TENSORRT, linked_tensorrt, providers
 
@@ -116,6 +118,19 @@ def test_the_rtx_provider_is_built_in_or_a_plugin_and_keeps_the_rules_of_its_eng
         facts.packages.pop("tensorrt_rtx", None)
     facts.capability, facts.driver = 89, (12, 9)
     assert f"{PLUGIN} is here for CUDA 13, and the driver runs CUDA 12.9" in (asked(facts, NV_RTX)[1] or "")
+
+
+@pytest.mark.parametrize("name", [TENSORRT, NV_RTX])
+def test_a_driver_that_does_not_answer_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def lost(*args: Any) -> Any:
+        raise EngineError("the driver is lost")
+
+    facts = machine_with(tmp_path, TENSORRT, NV_RTX)
+    facts.install("tensorrt", "10.16.1.11")
+    with on_machine(facts), pytest.MonkeyPatch.context() as inside:
+        inside.setattr(machine, "driver_cuda", lost)
+        inside.setattr(machine, "capability", lost)
+        assert {p.name: p.reason for p in providers(0)}[name] == "the driver is lost"
 
 
 @pytest.mark.parametrize(

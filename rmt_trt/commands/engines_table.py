@@ -10,6 +10,7 @@ from rich.table import Table
 from rmt_trt.commands.app import printable
 from rmt_trt.contract import SEGMENT
 from rmt_trt.engine_record import EngineRecord
+from rmt_trt.errors import EngineError
 from rmt_trt.runtime import machine
 from rmt_trt.runtime.engine_files import EngineFile, listed, refusal_of
 from rmt_trt.runtime.engine_fit import dotted
@@ -24,13 +25,12 @@ def gpu_facts(device: int) -> dict[str, Any]:
     reason = machine.gpu_refusal(device, "tensorrt", "a look at the GPU")
     if reason is not None:
         return {"found": False, "reason": reason}
-    major, minor = machine.driver_cuda()
-    return {
-        "found": True,
-        "name": machine.gpu_name(device),
-        "compute_capability": machine.capability(device),
-        "driver_cuda": f"{major}.{minor}",
-    }
+    try:
+        major, minor = machine.driver_cuda()
+        name, capability = machine.gpu_name(device), machine.capability(device)
+    except EngineError as err:
+        return {"found": False, "reason": str(err)}
+    return {"found": True, "name": name, "compute_capability": capability, "driver_cuda": f"{major}.{minor}"}
 
 
 def gpu_line(device: int, facts: dict[str, Any]) -> str:
