@@ -30,7 +30,7 @@ app = new_app()
 class NullEngine:
     """An engine that computes nothing: states stay what they were, logits are 0."""
 
-    name, dtype = "null", "fp32"
+    name, dtype, max_batch = "null", "fp32", None
 
     def __init__(self, spec: StepSpec) -> None:
         self._spec = spec
@@ -63,6 +63,7 @@ class TimedEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self.name, self.dtype, self.close = engine, engine.name, engine.dtype, engine.close
+        self.max_batch = engine.max_batch
         self.seconds = 0.0
 
     def _timed(self, call: Any, *arguments: Any) -> Any:

@@ -194,6 +194,10 @@ class Engine(Protocol):
     name: str
     dtype: str
 
+    @property
+    def max_batch(self) -> int | None:
+        """Documents that a step takes at most; None where that is up to memory."""
+
     def load(self, states: tuple[np.ndarray, ...]) -> Any:
         """Host arrays (batch, *shape) -> States."""
 

@@ -43,7 +43,8 @@ class RMTRuntime:
     dtype    "fp32", ...; None takes the best that the bundle has for the engine
     device   index of the GPU, for GPU engines
     threads  CPU threads of a step; None takes all cores. The PyTorch engine sets it for the whole process
-    max_batch  documents that are stepped together at the most; of more, one begins when another ends
+    max_batch  documents that are stepped together at the most; of more, one begins when another ends. An engine that was
+             built for fewer lowers it: `rt.max_batch`
 
     A runtime may be shared by threads: a lock is held during each block of steps, so runs interleave.
     Errors: FormatError for a damaged or foreign file, EngineError when no engine can run it here.
@@ -73,10 +74,14 @@ class RMTRuntime:
         self._tokenizer_json = source.tokenizer
         self._tokenizer: Any = None
         self._lock = threading.RLock()
-        self._max_batch = max_batch
+        # An engine that is built for so many documents takes no more.
+        self._limited = opened.max_batch is not None and opened.max_batch < max_batch
+        self.max_batch = max_batch if opened.max_batch is None else min(max_batch, opened.max_batch)
         for name, reason in self.refused.items():
             log.info("engine '%s' was not taken: %s", name, reason)
         log.info("%s runs on engine '%s' (%s)", self.path, self.engine, self.dtype)
+        if self._limited:
+            log.info("max_batch is %d, for which the engine was built, not %d", self.max_batch, max_batch)
 
     @overload
     def run(
@@ -154,7 +159,7 @@ class RMTRuntime:
             raise ContractError("on_device=True goes with logits='last' or 'none' and without on_piece")
         tracks, batch = self._opener(reading).open(tokens, state, length)
         if blocks:
-            slots = self._slots(min(self._max_batch, len(tracks)), reading, on_device, on_progress)
+            slots = self._slots(min(self.max_batch, len(tracks)), reading, on_device, on_progress)
             results = in_slots(slots, tracks, self.spec, reading)
         else:
             results = self._by_segment(tracks, reading, on_piece, on_progress)
@@ -169,8 +174,8 @@ class RMTRuntime:
     ) -> list[RunResult]:
         results: list[RunResult] = []
         done = 0
-        for start in range(0, len(tracks), self._max_batch):
-            group = tracks[start : start + self._max_batch]
+        for start in range(0, len(tracks), self.max_batch):
+            group = tracks[start : start + self.max_batch]
             recurrence = Recurrence(self._live_engine, self.spec, group, self._lock, reading.logits)
             stream = Stream(recurrence, self.spec, reading, batch=True, keep=on_piece is None)
             for piece in stream:
@@ -215,8 +220,8 @@ class RMTRuntime:
         yielded before stands.
         """
         self._live_engine()
-        slots = self._max_batch if slots is None else slots
-        _whole("slots", slots, 1, self._max_batch)
+        slots = self.max_batch if slots is None else slots
+        _whole("slots", slots, 1, self.max_batch, self._to_raise(slots) if self._limited else "")
         _flag("ordered", ordered)
         _callback("on_progress", on_progress, "a number of tokens")
         _flag("on_device", on_device)
@@ -251,10 +256,10 @@ class RMTRuntime:
         _flag("keep", keep)
         reading = Reading.of(self.spec, alignment, logits, max_segments, overflow)
         tracks, batch = self._opener(reading).open(tokens, state, length)
-        if len(tracks) > self._max_batch:
+        if len(tracks) > self.max_batch:
             raise ContractError(
-                f"stream got {len(tracks)} documents; this runtime steps at most max_batch={self._max_batch} together. "
-                f"Raise max_batch, or stream fewer at a time"
+                f"stream got {len(tracks)} documents; this runtime steps at most max_batch={self.max_batch} together. "
+                f"{self._to_raise(len(tracks))}, or stream fewer at a time"
             )
         recurrence = Recurrence(self._live_engine, self.spec, tracks, self._lock, reading.logits, memory)
         return Stream(recurrence, self.spec, reading, batch, keep)
@@ -305,6 +310,11 @@ class RMTRuntime:
             if error is None:  # what ended the block says more than that a broken engine cannot be closed either
                 raise
 
+    def _to_raise(self, wanted: object) -> str:
+        if self._limited:
+            return f"Build the engine for more documents, with --max-batch {wanted}"
+        return "Raise max_batch"
+
     def _opener(self, reading: Reading) -> Opener:
         return Opener(reading, self.spec, self._initial, self.encode)
 
@@ -317,9 +327,10 @@ class RMTRuntime:
         return self._engine
 
 
-def _whole(name: str, value: object, low: int, high: int) -> None:
+def _whole(name: str, value: object, low: int, high: int, more: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ContractError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
+        advice = f". {more}" if more and isinstance(value, int) and value > high else ""
+        raise ContractError(f"{name} is {value!r}; expected a whole number from {low} to {high}{advice}")
 
 
 def _callback(name: str, value: object, takes: str) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rmt_trt.runtime.source import Source
 
 MODULES = {
+    "tensorrt": "rmt_trt.runtime.engines.tensorrt:TENSORRT",
+    "tensorrt-rtx": "rmt_trt.runtime.engines.tensorrt:TENSORRT_RTX",
     "cuda": "rmt_trt.runtime.engines.cuda",
     "cpu": "rmt_trt.runtime.engines.cpu",
     "torch": "rmt_trt.runtime.engines.torch",

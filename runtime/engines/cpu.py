@@ -94,6 +94,7 @@ class CPUEngine:
 
     name = NAME
     dtype = DTYPE
+    max_batch = None
 
     def __init__(self, session: Any, spec: StepSpec) -> None:
         self._session = session

@@ -105,6 +105,7 @@ class CudaEngine:
     """A bundle's graphs for CUDA behind the engine contract."""
 
     name = NAME
+    max_batch = None
 
     def __init__(self, bundle: Bundle, dtype: str, device: int) -> None:
         self.dtype = dtype

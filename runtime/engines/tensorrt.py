@@ -19,7 +19,7 @@ from rmt_trt.errors import ContractError
 from rmt_trt.runtime import cuda, device_rows, engine_files
 from rmt_trt.runtime.buckets import Bucket, Replay, States, new_bucket
 from rmt_trt.runtime.engine_files import EngineFile
-from rmt_trt.runtime.engines.tensorrt_contexts import ContextReplay, LoadedEngine
+from rmt_trt.runtime.engines.tensorrt_contexts import ContextReplay, LoadedEngine, let_go
 from rmt_trt.runtime.engines.tensorrt_versions import PROFILE, DeviceMemory
 from rmt_trt.runtime.worker import on_worker
 
@@ -73,9 +73,13 @@ class TensorRTEngine:
 
     @on_worker
     def _open(self, device: int) -> None:
-        self._gpu = cuda.Gpu(device)
-        with self._gpu.current():
-            self._replay(self._bucket(1), "none")  # so that the first step is not slower than the others
+        try:
+            self._gpu = cuda.Gpu(device)
+            with self._gpu.current():
+                self._replay(self._bucket(1), "none")  # so that the first step is not slower than the others
+        except BaseException as err:
+            let_go(err)
+            raise
 
     @on_worker
     def load(self, states: tuple[np.ndarray, ...]) -> States:
@@ -148,11 +152,10 @@ class TensorRTEngine:
             try:
                 gpu.wait()
             finally:
-                for bucket in self._buckets.values():
-                    _release_replays(bucket)
-                for loaded in self._loaded.values():
-                    loaded.release()
-                self._loaded.clear()
+                for size in self._buckets:
+                    _release_replays(self._buckets[size])
+                while self._loaded:
+                    self._loaded.popitem()[1].release()
                 self._buckets.clear()
                 gpu.close()
 

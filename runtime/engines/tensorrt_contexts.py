@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,8 @@ class LoadedEngine:
                 self._kernels = self._cached(file.record)
             if self.memory.activations:
                 self._workspace = gpu.allocate(self.memory.activations)
-        except BaseException:
+        except BaseException as err:
+            let_go(err)
             self.release()
             raise
         log.info(
@@ -116,14 +118,28 @@ class LoadedEngine:
             path.name, gpu.index, self.memory.weights / MIB, self.memory.activations / MIB,
         )  # fmt: skip
 
-    def replay(self, bucket: Bucket) -> ContextReplay:
-        """A context for a bucket's size, bound to its memory, run once and captured."""
-        context = tensorrt_versions.new_context(self._library, self._engine, self._config)
+    @property
+    def library(self) -> Library:
+        return self._library
+
+    @property
+    def engine(self) -> Any:
+        """The library's own, until `release`."""
+        return self._engine
+
+    def new_context(self) -> Any:
+        """A context without shapes or memory; it goes before `release`."""
+        return tensorrt_versions.new_context(self._library, self._engine, self._config)
+
+    def replay(self, bucket: Bucket, plain: str | None = None) -> ContextReplay:
+        """A context for a bucket's size, bound to its memory, run once and captured. plain: why it is not captured."""
+        context = self.new_context()
         made = ContextReplay(self._library, context, self._gpu.stream)
         del context
         try:
-            self._prepare(made, bucket)
-        except BaseException:
+            self._prepare(made, bucket, plain)
+        except BaseException as err:
+            let_go(err)
             made.release()
             raise
         if self._kernels is not None:
@@ -143,7 +159,7 @@ class LoadedEngine:
         path = cache_path(machine.gpu_name(self._gpu.index), driver, str(self._library.trt.__version__), record.sha256)
         return KernelCache(self._library, self._config, path)
 
-    def _prepare(self, made: ContextReplay, bucket: Bucket) -> None:
+    def _prepare(self, made: ContextReplay, bucket: Bucket, plain: str | None) -> None:
         library, spec = self._library, self._spec
         if self._workspace is not None:
             address, size = int(self._workspace.handle), self.memory.activations
@@ -155,7 +171,8 @@ class LoadedEngine:
         made.outputs = self._outputs(made, bucket)
         made.addresses = (_addresses(spec, bucket, 0, made.outputs), _addresses(spec, bucket, 1, made.outputs))
         stream = int(self._gpu.stream.handle)
-        made.capture(self._gpu, tensorrt_versions.not_capturable(library, self._engine, made.context, stream))
+        refused = plain or tensorrt_versions.not_capturable(library, self._engine, made.context, stream)
+        made.capture(self._gpu, refused)
 
     def _outputs(self, made: ContextReplay, bucket: Bucket) -> Outputs:
         """Memory for the outputs beside the states, after the context was asked for the shapes of all that it gives."""
@@ -175,6 +192,14 @@ class LoadedEngine:
                 )
         wanted = [(name, shape) for name, shape in shapes.items() if name == LOGITS]
         return {name: (self._gpu.allocate(LOGIT_BYTES * math.prod(shape)), shape) for name, shape in wanted}
+
+
+def let_go(err: BaseException | None) -> None:
+    """Clears the local variables of the calls that failed. They hold parts of the engine, which would otherwise lie in the
+    GPU's memory for as long as somebody keeps the error, and outlive what they stand on."""
+    while err is not None:
+        traceback.clear_frames(err.__traceback__)
+        err = err.__cause__ or err.__context__
 
 
 def _addresses(spec: StepSpec, bucket: Bucket, side: int, outputs: Outputs) -> dict[str, int]:

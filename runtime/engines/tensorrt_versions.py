@@ -80,7 +80,7 @@ def load(library: Library, path: Path, trusted: bool) -> tuple[Any, Any]:
         try:
             engine = library.call(f"cannot load {path}", runtime.deserialize_cuda_engine, reader)
         except EngineError as err:
-            if reader.failure is not None:
+            if reader.failure:
                 raise EngineError(f"{library} cannot load {path}: {reader.failure}") from err
             raise
     return runtime, engine
@@ -95,22 +95,22 @@ def _file_reader(trt: Any) -> Any:
         def __init__(self, file: BinaryIO) -> None:
             trt.IStreamReaderV2.__init__(self)  # its bindings crash without it
             self.file = file
-            self.failure: Exception | None = None
+            self.failure = ""
 
         # The library prints what is raised in here and goes on, so it is kept.
         def read(self, num_bytes: int, stream: int) -> bytes:
             try:
                 return self.file.read(min(num_bytes, READ_BYTES))
             except OSError as err:
-                self.failure = err
+                self.failure = str(err)
                 return b""
 
         def seek(self, offset: int, where: Any) -> bool:
             try:
                 self.file.seek(offset, whence[where])
             except (OSError, ValueError) as err:
-                self.failure = err
-            return self.failure is None
+                self.failure = str(err)
+            return not self.failure
 
     return FileReader
 

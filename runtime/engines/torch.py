@@ -50,6 +50,7 @@ class TorchEngine:
 
     name = NAME
     dtype = DTYPE
+    max_batch = None
 
     def __init__(self, step: torch.nn.Module, spec: StepSpec) -> None:
         self._step = step.eval()
