@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import pytest
 from engine_records import (
@@ -28,7 +31,10 @@ from engine_records import (
     tensorrt_machine,
     write_engine,
 )
+from spoil import DOCUMENT, copy_bundle, open_and_run
 
+from rmt_trt import RMTRuntime
+from rmt_trt.bundle import Bundle
 from rmt_trt.commands import info
 from rmt_trt.engine_record import EngineRecord
 from rmt_trt.errors import EngineError
@@ -230,6 +236,56 @@ def test_without_a_gpu_no_library_of_tensorrt_is_loaded(tmp_path: Path) -> None:
         for engine in ("tensorrt", "tensorrt-rtx"):
             assert "no driver" in (refusal(open_source(bundle), engine, None, 0) or "")
     assert facts.loaded == []
+
+
+def of_bert(**fields: Any) -> EngineRecord:
+    """A record of an engine of the small BERT."""
+    bundle = Bundle(models.made("bert").bundle)
+    return record_of(bundle.spec, initial={"memory": bundle.initial()[0]}, **fields)
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A bundle that runs, with an engine file that does not."""
+    bundle = copy_bundle(tmp_path)
+    add_engines(bundle, of_bert(capabilities=(89, 120)))
+    return bundle
+
+
+def test_without_a_gpu_a_bundle_runs_on_the_cpu_and_says_why_not_on_its_engines(bert: Path) -> None:
+    with on_machine(Facts(gpu="there is no usable CUDA driver")), RMTRuntime(bert, threads=1) as runtime:
+        found = runtime.run(DOCUMENT).logits
+        assert runtime.engine == "cpu"
+        assert runtime.refused["tensorrt-rtx"] == (
+            "tensorrt-rtx-fp16-all-sm89-sm120-b8.engine: there is no usable CUDA driver. It needs a GPU of compute "
+            "capability 8.9 or 12.0, and tensorrt_rtx 1.7.1.116"
+        )
+        assert runtime.refused["tensorrt"].startswith(
+            "the bundle has no engine file for it. To build one, on a machine"
+        )
+    assert np.array_equal(found, open_and_run(models.made("bert").bundle).logits)
+
+
+def test_an_engine_that_is_asked_for_is_never_replaced_by_another(bert: Path) -> None:
+    path = write_engine(bert.parent, of_bert())
+    with on_machine(Facts(gpu="there is no usable CUDA driver")):
+        for source, engine in ((bert, "tensorrt-rtx"), (path, "tensorrt-rtx"), (path, "auto")):
+            with pytest.raises(
+                EngineError, match=r"8.*\.engine: there is no usable CUDA driver\. It needs a GPU of"
+            ) as error:
+                RMTRuntime(source, engine=engine)
+            assert str(source) in str(error.value)
+
+
+def test_a_process_that_sees_no_gpu_loads_no_library_of_tensorrt(bert: Path) -> None:
+    program = (
+        "import sys\nfrom rmt_trt import RMTRuntime\n"
+        f"with RMTRuntime({str(bert)!r}, threads=1) as runtime:\n"
+        "    print(runtime.engine, sorted(runtime.refused), [n for n in sys.modules if n.startswith('tensorrt')])"
+    )
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], cwd=bert.parent, env=env, text=True, capture_output=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "cpu ['cuda', 'tensorrt', 'tensorrt-rtx'] []"), done.stderr
 
 
 def test_an_engine_by_itself_brings_its_step_spec_and_its_initial_memory(tmp_path: Path, rtx: Facts) -> None:
