@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from gpu import cuda_bundle, open_cuda, require_gpu
-from models import CLASSES, TOLERANCE, VOCAB, M, Made, S, check_parity, made, reference, steps_of
+from models import CLASSES, TOLERANCE, VOCAB, M, Made, S, check_parity, made, reference, scratch, steps_of
 from stand_in import host_gpu
+from tensorrt_machine import fake_bundle, real_bundle, require_tensorrt
+from tensorrt_stand_in import tensorrt_host
 from wrapped import Wrapped
 
 from rmt_trt import EngineError, RMTRuntime
@@ -34,13 +36,22 @@ ENGINES: dict[str, Callable[..., RMTRuntime]] = {
     "torch": lambda this, **more: RMTRuntime(this.checkpoint, engine="torch", threads=1, **more),
     "cuda-on-host-memory": lambda this, **more: open_cuda(cuda_bundle(this.name), "fp32", **more),
     "cuda": lambda this, **more: open_cuda(cuda_bundle(this.name), "fp32", **more),
+    # TensorRT's own code is the same, but for what only TensorRT-RTX has.
+    "tensorrt-rtx-on-host-memory": lambda this, **more: open_tensorrt(fake_bundle(this.name), "tensorrt-rtx", **more),
+    "tensorrt": lambda this, **more: open_tensorrt(real_bundle(this.name, "tensorrt"), "tensorrt", **more),
+    "tensorrt-rtx": lambda this, **more: open_tensorrt(real_bundle(this.name, "tensorrt-rtx"), "tensorrt-rtx", **more),
 }
+REAL_TENSORRT = ("tensorrt", "tensorrt-rtx")
 MODELS = ("bert", "gpt2")
+
+
+def open_tensorrt(bundle: Path, engine: str, **more: Any) -> RMTRuntime:
+    return RMTRuntime(bundle, engine=engine, dtype="fp32", **more)
 
 
 def subjects(*models: str) -> list[Any]:
     """MODEL-ENGINE for every engine; those that need a GPU are marked."""
-    marks = {"cuda": [pytest.mark.gpu]}
+    marks = {"cuda": [pytest.mark.gpu], **{name: [pytest.mark.tensorrt] for name in REAL_TENSORRT}}
     return [pytest.param(f"{model}-{name}", marks=marks.get(name, [])) for model in models for name in ENGINES]
 
 
@@ -56,6 +67,8 @@ class Subject:
         model, engine = name.split("-", 1)
         if engine == "cuda":
             require_gpu()
+        if engine in REAL_TENSORRT:
+            require_tensorrt(engine)
         self.made: Made = made(model)
         self.model = model
         self.engine = engine
@@ -68,7 +81,9 @@ class Subject:
 
 def machine(name: str) -> AbstractContextManager[None]:
     """What a subject runs on: the machine as it is, or a GPU made of host memory."""
-    return host_gpu() if name.endswith("on-host-memory") else nullcontext()
+    if not name.endswith("on-host-memory"):
+        return nullcontext()
+    return tensorrt_host(scratch() / "cache") if "tensorrt" in name else host_gpu()
 
 
 @pytest.fixture
@@ -459,11 +474,12 @@ def test_results_belong_to_the_caller(subject: Subject) -> None:
     before = tokens.copy()
     wanted = subject.runtime.run(tokens, alignment="left")
     spoiled = subject.runtime.run(tokens, alignment="left")
+    every = subject.runtime.run(tokens, alignment="left", logits="all")  # an engine of its own may compute these
     stream = subject.runtime.stream(tokens, alignment="left", memory=True)
     for piece in stream:
         piece.logits[:] = np.nan
         piece.memory[:] = np.nan
-    assert np.array_equal(stream.result.memory, wanted.memory)
+    assert np.array_equal(stream.result.memory, every.memory)
     spoiled.memory[:] = np.nan
     spoiled.logits[:] = np.nan
     assert np.isfinite(spoiled.state.memory).all()

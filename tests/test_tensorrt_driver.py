@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorrt_library
 import tensorrt_rtx
-import tensorrt_stand_in
 from models import TOLERANCE, M, S, check_parity, made, reference, steps_of
 from stand_in import Memory
-from tensorrt_stand_in import ACTIVATIONS, OFFERED, WEIGHTS, World, engine_bundle, engine_file, tensorrt_host
+from tensorrt_library import ACTIVATIONS, OFFERED, WEIGHTS
+from tensorrt_stand_in import engine_bundle, engine_file, tensorrt_host
+from tensorrt_world import Violation, World, watched
 
 from rmt_trt import EngineError, RMTRuntime
 from rmt_trt.errors import ContractError, FormatError
@@ -45,11 +47,10 @@ def engine_of(runtime: RMTRuntime) -> TensorRTEngine:
 @pytest.mark.parametrize("flavour", sorted(OFFERED))
 def test_every_name_of_the_stand_in_is_one_of_the_real_library(flavour: str) -> None:
     for kind, members in OFFERED[flavour].items():
-        # What IRuntimeCache's class is called is seen by the type that a call gives, and is no name of the module.
         real = getattr(tensorrt_rtx, kind)
         missing = [member for member in members if not hasattr(real, member)]
         assert not missing, f"{kind} has no {missing}"
-        own = getattr(tensorrt_stand_in, kind)
+        own = getattr(tensorrt_library, kind)
         made_here = {name for name in {*vars(own)} if not name.startswith("_")} - {
             "kind",
             "strategy",
@@ -448,9 +449,9 @@ def test_answers_do_not_depend_on_when_the_gpu_does_its_work(seed: int, tmp_path
 
 def test_the_stand_in_takes_no_memory_that_is_gone() -> None:
     world = World()
-    memory = tensorrt_stand_in._watched(world, Memory(512))
+    memory = watched(world, Memory(512))
     address = memory.handle
     assert world.place(address, 512)
     del memory
-    with pytest.raises(tensorrt_stand_in.Violation, match="do not lie in memory of the GPU"):
+    with pytest.raises(Violation, match="do not lie in memory of the GPU"):
         world.place(address, 512)

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from models import TOLERANCE, S, made
-from tensorrt_stand_in import World, engine_bundle, tensorrt_host
+from tensorrt_stand_in import engine_bundle, tensorrt_host
+from tensorrt_world import World
 
 from rmt_trt import EngineError, RMTRuntime
 from rmt_trt.export.verify import random_document, relative_error
