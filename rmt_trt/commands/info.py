@@ -1,4 +1,4 @@
-"""rmt-info: what a bundle holds, and which engines and engine files this machine can run."""
+"""rmt-info: what a bundle holds, and which engines and engine files this machine can run; what is inside one of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rmt_trt.commands.engines_table import (
     providers_json,
     providers_table,
 )
+from rmt_trt.commands.layers import Look, show_layers
 from rmt_trt.commands.report import drift_table, graphs_table
 from rmt_trt.errors import FormatError
 from rmt_trt.runtime.engines import PREFERENCE, refusal
@@ -29,8 +30,6 @@ from rmt_trt.runtime.source import Source, open_source
 
 app = new_app()
 
-DEVICE = 0  # the GPU that is asked about
-
 
 @app.command()
 def info(
@@ -38,13 +37,34 @@ def info(
         Path, typer.Argument(help="A bundle (NAME.rmt), an ONNX graph, an engine (NAME.engine), or a checkpoint.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print it all as JSON.")] = False,
+    device: Annotated[int, typer.Option(min=0, help="The GPU that is asked about.")] = 0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Print instead the layers and tensors of a TensorRT engine; needs its GPU.")
+    ] = False,
+    layer_times: Annotated[
+        Path | None, typer.Option(help="Run a TensorRT engine, print how long its layers take, and write that as JSON.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Which of a bundle's engines to look into: tensorrt, tensorrt-rtx.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="In which dtype.")] = None,
+    head: Annotated[str | None, typer.Option(help="all: the one with logits; none: without.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Documents in its steps. [default: what it was tuned for]", show_default=False)
+    ] = None,
+    runs: Annotated[int | None, typer.Option(help="Steps that are timed. [default: 50]", show_default=False)] = None,
     debug: Debug = False,
     version: Version = False,
 ) -> None:
     """Prints what PATH holds, how it was verified, and which engines can run it here, or why not."""
+    look = Look(layers, layer_times, engine, dtype, head, batch, runs)
+    look.check()
     source = open_source(path)
-    refusals = {name: refusal(name, source, None, DEVICE) for name in PREFERENCE}
-    files, gpu, found = engine_rows(source, DEVICE), gpu_facts(DEVICE), providers(DEVICE)
+    if look.wanted:
+        show_layers(source, look, device, as_json)
+        return
+    refusals = {name: refusal(name, source, None, device) for name in PREFERENCE}
+    files, gpu, found = engine_rows(source, device), gpu_facts(device), providers(device)
     if as_json:
         more = {"engine_files": files, "gpu": gpu, "providers": providers_json(found)}
         print(json.dumps(_as_json(source, refusals) | more, indent=2))
@@ -56,7 +76,7 @@ def info(
         screen.print(graphs_table(source.bundle))
         if REPORT in source.bundle.manifest.files:
             screen.print(_drift_table(source.bundle))
-    screen.print(gpu_line(DEVICE, gpu))
+    screen.print(gpu_line(device, gpu))
     if files:
         screen.print(engine_files_table(files))
     screen.print(_engine_table(refusals))
