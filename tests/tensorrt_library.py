@@ -48,6 +48,10 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
 
 
+class ProfilingVerbosity(enum.Enum):
+    LAYER_NAMES_ONLY, DETAILED, NONE = range(3)
+
+
 class EngineStat(enum.Enum):
     TOTAL_WEIGHTS_SIZE, STRIPPED_WEIGHTS_SIZE = range(2)
 
@@ -172,6 +176,7 @@ class ICudaEngine(Owned):
         self._tables = {table["name"]: table for kind in ("inputs", "outputs") for table in self._file[kind]}
         self.num_io_tensors = len(self._tables)
         self.streamable_weights_size = world.flaws.get("streamable_weights_size", 0)
+        self.profiling_verbosity = ProfilingVerbosity[world.flaws.get("profiling_verbosity", "DETAILED")]
 
     def get_tensor_name(self, index: int) -> str:
         return list(self._tables)[index]
@@ -222,6 +227,7 @@ class IExecutionContext(Owned):
         self._engine = weakref.ref(engine)
         self._mode = {name: engine.get_tensor_mode(name) for name in self._tables}
         self._needs = engine.get_device_memory_size_for_profile_v2(0)
+        self.nvtx_verbosity = engine.profiling_verbosity
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._scratch = (0, 0)
@@ -276,6 +282,8 @@ class IExecutionContext(Owned):
         if self._world.fails("execute_async_v3"):
             return False
         stream = self._world.stream(stream_handle)
+        if self.nvtx_verbosity is ProfilingVerbosity.DETAILED:
+            self._world.refuse("a run spends time on telling profilers the details of layers")
         missing = [*self.infer_shapes(), *(name for name in self._tables if name not in self._addresses)]
         if missing:
             return self._says(f"shape or address was not set of {sorted(set(missing))}")
@@ -420,12 +428,12 @@ COMMON: dict[str, tuple[str, ...]] = {
     "Runtime": ("engine_host_code_allowed", "deserialize_cuda_engine"),
     "IStreamReaderV2": ("read", "seek"),
     "ICudaEngine": (
-        "num_io_tensors", "streamable_weights_size", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype",
-        "get_tensor_location", "get_tensor_shape", "get_tensor_profile_shape", "get_device_memory_size_for_profile_v2",
-        "get_engine_stat", "create_execution_context",
+        "num_io_tensors", "streamable_weights_size", "profiling_verbosity", "get_tensor_name", "get_tensor_mode",
+        "get_tensor_dtype", "get_tensor_location", "get_tensor_shape", "get_tensor_profile_shape",
+        "get_device_memory_size_for_profile_v2", "get_engine_stat", "create_execution_context",
     ),
     "IExecutionContext": (
-        "set_device_memory", "set_input_shape", "infer_shapes", "get_tensor_shape", "set_tensor_address",
+        "nvtx_verbosity", "set_device_memory", "set_input_shape", "infer_shapes", "get_tensor_shape", "set_tensor_address",
         "execute_async_v3",
     ),
     "DataType": ("FLOAT", "HALF", "INT64"),
@@ -433,6 +441,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     "TensorLocation": ("DEVICE", "HOST"),
     "SeekPosition": ("SET", "CUR", "END"),
     "ExecutionContextAllocationStrategy": ("STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"),
+    "ProfilingVerbosity": ("LAYER_NAMES_ONLY", "DETAILED", "NONE"),
     "EngineStat": ("TOTAL_WEIGHTS_SIZE", "STRIPPED_WEIGHTS_SIZE"),
 }  # fmt: skip
 RTX_ONLY: dict[str, tuple[str, ...]] = {

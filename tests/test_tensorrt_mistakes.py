@@ -127,6 +127,9 @@ MISTAKES = {
     "kernels may come after the capture": Mistake(
         VERSIONS, "Strategy.EAGER", "Strategy.LAZY", "kernels that come later are not in a graph"
     ),
+    "profilers are told details in every run": Mistake(
+        VERSIONS, "context.nvtx_verbosity = verbosity.LAYER_NAMES_ONLY", "pass", "telling profilers the details"
+    ),
     "a bucket is larger than the profile": Mistake(
         ENGINE, "min(1 << (batch - 1).bit_length(), self.max_batch)", "1 << (batch - 1).bit_length()", "is outside the profile"
     ),

@@ -143,7 +143,12 @@ def settings(library: Library, engine: Any) -> Any:
 def new_context(library: Library, engine: Any, config: Any) -> Any:
     """A context without memory for intermediate values: contexts that run one after another share theirs."""
     how = library.trt.ExecutionContextAllocationStrategy.USER_MANAGED if config is None else config
-    return library.call("made no execution context", engine.create_execution_context, how)
+    context = library.call("made no execution context", engine.create_execution_context, how)
+    # What an engine keeps of its layers for the inspector would be told to profilers in every run, which takes time.
+    verbosity = library.trt.ProfilingVerbosity
+    if engine.profiling_verbosity == verbosity.DETAILED:
+        context.nvtx_verbosity = verbosity.LAYER_NAMES_ONLY
+    return context
 
 
 def not_capturable(library: Library, engine: Any, context: Any, stream: int) -> str | None:
