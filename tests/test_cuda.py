@@ -19,6 +19,7 @@ from models import M, S, made
 from rmt_trt import EngineError, RMTRuntime, TokenError
 from rmt_trt.bundle import Bundle
 from rmt_trt.export.verify import TOLERANCES, random_document, relative_error
+from rmt_trt.runtime import cuda
 from rmt_trt.runtime.engines.cuda import CudaEngine
 
 pytestmark = pytest.mark.gpu
@@ -237,3 +238,59 @@ def test_the_dtype_that_a_bundle_lacks_is_refused_with_the_command_that_adds_it(
         RMTRuntime(cuda_bundle("bert"), engine="cuda", dtype="bf16")
     with RMTRuntime(cuda_bundle("bert")) as best:
         assert (best.engine, best.dtype) == ("cuda", "fp32")
+
+
+def test_what_is_captured_is_done_when_it_is_launched_and_not_before() -> None:
+    gpu = cuda.Gpu(0)
+    with gpu.current():
+        source, target = gpu.to_device([np.arange(1000), np.zeros(1000, np.int64)])
+        graph = gpu.captured(lambda: gpu.copy(source, target))
+        assert not gpu.to_host([(target, (1000,), np.int64)])[0].any()
+        for start in (0, 7):
+            gpu.copy(gpu.to_device([np.arange(start, start + 1000)])[0], source)
+            graph.launch(gpu.stream)
+            assert np.array_equal(gpu.to_host([(target, (1000,), np.int64)])[0], np.arange(start, start + 1000))
+        graph.close()
+    gpu.close()
+
+
+def test_a_capture_that_goes_wrong_leaves_the_stream_usable() -> None:
+    def broken() -> None:
+        raise RuntimeError("in the middle")
+
+    gpu = cuda.Gpu(0)
+    with gpu.current():
+        buffer = gpu.zeros(64)
+        for work, message in ((broken, "in the middle"), (gpu.wait, "captured no CUDA graph")):
+            with pytest.raises(EngineError, match=message):
+                gpu.captured(work)
+        assert not gpu.to_host([(buffer, (8,), np.int64)])[0].any()
+    gpu.close()
+
+
+def test_what_another_thread_does_spoils_no_capture() -> None:
+    gpu, other = cuda.Gpu(0), cuda.Gpu(0)
+    with gpu.current():
+        source, target = gpu.zeros(64), gpu.zeros(64)
+        gpu.wait()
+
+        def meanwhile() -> None:
+            with other.current():
+                for _ in range(20):
+                    other.pinned((1 << 12,), np.uint8)
+                    other.zeros(1 << 20)
+                    other.wait()
+
+        def work() -> None:
+            thread = threading.Thread(target=meanwhile)
+            thread.start()
+            gpu.copy(source, target)
+            thread.join()
+            gpu.copy(target, source)
+
+        graph = gpu.captured(work)
+        graph.launch(gpu.stream)
+        gpu.wait()
+        graph.close()
+    for one in (gpu, other):
+        one.close()

@@ -21,7 +21,7 @@ from models import TOLERANCE, M, S, check_parity, made, reference, steps_of
 from stand_in import Memory
 from tensorrt_library import ACTIVATIONS, OFFERED, WEIGHTS
 from tensorrt_stand_in import engine_bundle, engine_file, tensorrt_host
-from tensorrt_world import Violation, World, watched
+from tensorrt_world import StrictGpu, Violation, World, watched
 
 from rmt_trt import EngineError, RMTRuntime
 from rmt_trt.errors import ContractError, FormatError
@@ -445,6 +445,26 @@ def test_answers_do_not_depend_on_when_the_gpu_does_its_work(seed: int, tmp_path
             for row in range(len(documents)):
                 assert relative_error(found[row].memory, wanted[row].memory) <= TOLERANCE
                 assert relative_error(found[row].logits, wanted[row].logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("error", "seen", "message"),
+    [
+        (ZeroDivisionError("by zero"), EngineError, r"captured no CUDA graph\. The driver says: by zero"),
+        (KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
+    ],
+)
+def test_a_capture_has_ended_whatever_is_raised_in_it(
+    error: BaseException, seen: type[BaseException], message: str
+) -> None:
+    def work() -> None:
+        raise error
+
+    gpu = StrictGpu(0, World())
+    with pytest.raises(seen, match=message):
+        gpu.captured(work)
+    assert gpu.stream.capture is None
+    gpu.wait()
 
 
 def test_the_stand_in_takes_no_memory_that_is_gone() -> None:
