@@ -6,6 +6,7 @@ mistakes is in test_tensorrt_mistakes.py.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 from collections.abc import Callable, Iterator
@@ -17,14 +18,17 @@ import numpy as np
 import pytest
 import tensorrt_library
 import tensorrt_rtx
+import torch
 from models import TOLERANCE, M, S, check_parity, made, reference, steps_of
 from stand_in import Memory
+from steps import LENGTH, TWO_STATES, GatedStep
 from tensorrt_library import ACTIVATIONS, OFFERED, WEIGHTS
 from tensorrt_stand_in import engine_bundle, engine_file, tensorrt_host
 from tensorrt_world import StrictGpu, Violation, World, watched
 
 from rmt_trt import EngineError, RMTRuntime
 from rmt_trt.errors import ContractError, FormatError
+from rmt_trt.export import ExportOptions, export_step_bundle
 from rmt_trt.export.verify import random_document, relative_error
 from rmt_trt.runtime.engines import tensorrt_versions
 from rmt_trt.runtime.engines.tensorrt import TensorRTEngine
@@ -117,6 +121,29 @@ def test_device_memory_is_logged(world: World, tmp_path: Path, caplog: pytest.Lo
         RMTRuntime(engine_file(tmp_path, made("bert").bundle)),
     ):
         assert "on GPU 0: 3.0 MiB of weights, 0.1 MiB for intermediate values" in caplog.text
+
+
+class HalfTable(GatedStep):
+    """Two states, one of them carried in half precision."""
+
+    def forward(self, hidden: torch.Tensor, table: torch.Tensor, segment: torch.Tensor) -> Any:
+        new, written, logits = super().forward(hidden, table.float(), segment)
+        return new, written.half(), logits
+
+
+def test_a_step_of_several_states_and_dtypes_follows_the_cpu_engine(world: World, tmp_path: Path) -> None:
+    states = (TWO_STATES.states[0], dataclasses.replace(TWO_STATES.states[1], dtype="float16"))
+    path = tmp_path / "gated.rmt"
+    options = ExportOptions(segments=2, tolerance=2e-3)
+    export_step_bundle(HalfTable(), TWO_STATES.with_(states=states), path, options=options)
+    documents = [random_document(TWO_STATES, length, length) for length in (6 * LENGTH + 5, 1, 2 * LENGTH)]
+    with RMTRuntime(path, engine="cpu", threads=1) as cpu, RMTRuntime(engine_file(tmp_path, path)) as runtime:
+        found, wanted = (each.run(documents, alignment="left") for each in (runtime, cpu))
+        for row in range(len(documents)):
+            assert [value.dtype for value in found[row].states.values()] == [np.float32, np.float16]
+            for name, value in wanted[row].states.items():
+                assert relative_error(found[row].states[name], value) <= 2e-3
+            assert relative_error(found[row].logits, wanted[row].logits) <= 2e-3
 
 
 # What an engine takes.
