@@ -193,10 +193,10 @@ class OpenedEngine:
         """Steps full segments of random tokens, one by one, and has the library time every layer: `warm_up` steps that
         do not count, then `runs`. Errors: EngineError, with the library's own lines.
 
-        The times are those of a profiled run, which waits between layers: their sum is more than a step takes.
+        The library says of profiled runs that they may be slower than others.
         """
         bucket = new_bucket(self.gpu, self.spec, self.batch)
-        # Replays of a captured graph report nothing to a profiler.
+        # What was captured without a profiler tells one nothing.
         replay = self.engine.replay(bucket, "its layers are timed")
         try:
             timed = TimedReplay(replay, self.gpu, _profiler(replay.library.trt)())

@@ -60,7 +60,7 @@ NEW: dict[str, Any] = {
     "Engine Metadata": {"Multi-Device": "Disabled"},
 }  # fmt: skip
 NAMES = {"Layers": ["node_MatMul_1 + node_Add_2", "{ForeignNode[a...b]}"], "Bindings": ["memory"]}
-STEP = ("gemm", "softmax", "gemm")
+STEP = ("softmax", "gemm", "gemm")
 
 
 def times(number: int) -> list[tuple[str, float]]:

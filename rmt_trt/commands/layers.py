@@ -199,7 +199,7 @@ def _times_table(times: LayerTimes, file: EngineFile, known: dict[str, Layer]) -
         f"{file.path.name}: {times.step:.3f} ms in all layers, in a step of {times.batch} documents",
         ("layer", "type", "made of", *FIGURES),
         f"{times.library}; ms, the median, the least and the most of {times.runs} steps of full segments, after "
-        f"{times.warm_up}. They are timed one by one: a step that is not takes less",
+        f"{times.warm_up}. Steps that are not profiled may be faster",
     )
     for time in times.layers:
         layer = known.get(time.name, Layer(time.name))
