@@ -199,7 +199,7 @@ class OpenedEngine:
         # What was captured without a profiler tells one nothing.
         replay = self.engine.replay(bucket, "its layers are timed")
         try:
-            timed = TimedReplay(replay, self.gpu, _profiler(replay.library.trt)())
+            timed = TimedReplay(replay, self.gpu, profiler_class(replay.library.trt)())
             rows = tuple(np.repeat(value[None], self.batch, axis=0) for value in self.initial)
             enter(self.gpu, self.spec, bucket, device_rows.load(self.gpu, self.spec, rows))
             for block in self._segments(warm_up + runs):
@@ -246,7 +246,7 @@ class TimedReplay:
 
 
 @functools.cache
-def _profiler(trt: Any) -> Any:
+def profiler_class(trt: Any) -> Any:
     """The class to which a flavour of TensorRT reports times."""
 
     class Profiler(trt.IProfiler):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from tensorrt_stand_in import engine_bundle, engine_file
 from rmt_trt.commands import info
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import EngineError
-from rmt_trt.runtime.inspection import chosen, opened
+from rmt_trt.runtime.inspection import chosen, opened, profiler_class
 from rmt_trt.runtime.layer_information import Port, read_information
 from rmt_trt.runtime.source import open_source
 
@@ -94,6 +94,13 @@ def engine(tmp_path: Path) -> Path:
 def test_every_name_of_the_stand_in_is_one_of_the_real_library(kind: str) -> None:
     real = getattr(tensorrt_rtx, kind)
     assert [member for member in INSPECTED[kind] if not hasattr(real, member)] == []
+
+
+def test_times_are_reported_to_a_profiler_of_the_real_library() -> None:
+    profiler = profiler_class(tensorrt_rtx)()
+    assert isinstance(profiler, tensorrt_rtx.IProfiler)
+    profiler.report_layer_time("gemm", 1)
+    assert profiler.reported == [("gemm", 1.0)]
 
 
 # What the inspector says.
@@ -352,6 +359,17 @@ def test_an_inspector_that_gives_no_json_is_one_line(
     with inspected_host(tmp_path, information="Layer 0:\n gemm"):
         reason = shown(capsys, engine, "--layers", code=1)
     assert f"the engine inspector says of {engine} what is no JSON" in reason
+
+
+def test_layers_are_timed_by_name_where_the_inspector_tells_nothing(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with inspected_host(tmp_path, times=times, information="Layer 0:\x1b gemm"):
+        found = json.loads(shown(capsys, engine, "--layer-times", tmp_path / "t.json", "--json"))
+    assert [layer["name"] for layer in found["layer_times"]["layers"]] == ["gemm", "softmax"]
+    assert found["inspection"] is None
+    assert "what the layers are made of is not known: the engine inspector says of" in caplog.text
+    assert "\x1b" not in caplog.text
 
 
 @pytest.mark.parametrize(

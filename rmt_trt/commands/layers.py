@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from rmt_trt.commands.engines_table import gpu_facts
 from rmt_trt.contract import DTYPES, Head
 from rmt_trt.engine_check import HEADS
 from rmt_trt.engine_record import EngineRecord
-from rmt_trt.errors import ContractError
+from rmt_trt.errors import ContractError, EngineError
 from rmt_trt.files import check_target, write_file
 from rmt_trt.runtime.engine_files import EngineFile
-from rmt_trt.runtime.inspection import Inspection, LayerTimes, chosen, opened
+from rmt_trt.runtime.inspection import Inspection, LayerTimes, OpenedEngine, chosen, opened
 from rmt_trt.runtime.layer_information import Layer, Port
 from rmt_trt.runtime.source import Source
 
@@ -32,6 +33,7 @@ FIGURES = ("ms", "least", "most", "share")
 # A layer that was fused from many nodes has a name of thousands of characters; JSON has it whole.
 LONGEST = 72
 MOST_NODES, MOST_PORTS = 4, 3
+log = logging.getLogger("rmt_trt")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,7 @@ def show_layers(source: Source, look: Look, device: int, as_json: bool) -> None:
     """
     file = chosen(source, look.engine, look.dtype, cast(Head | None, look.head), device)
     with opened(file, source, device, look.batch) as engine:
-        # Times are told of layers by their names; what a layer is made of, the inspector knows, where there is one.
-        found = engine.inspect() if look.layers or engine.has_inspector else None
+        found = engine.inspect() if look.layers else _inspected(engine)
         times = None if look.layer_times is None else engine.layer_times(look.runs or RUNS)
     known = {layer.name: layer for layer in found.information.layers} if found is not None else {}
     facts: dict[str, Any] = {"engine": _engine_json(file), "gpu": gpu_facts(device)}
@@ -102,6 +103,17 @@ def show_layers(source: Source, look: Look, device: int, as_json: bool) -> None:
     if times is not None:
         screen.print(_times_table(times, file, known))
         screen.print(printable(f"written to {look.layer_times}"))
+
+
+def _inspected(engine: OpenedEngine) -> Inspection | None:
+    """What the layers are made of that are timed, where the inspector tells it: without, they have their names."""
+    if not engine.has_inspector:
+        return None
+    try:
+        return engine.inspect()
+    except EngineError as err:
+        log.warning("what the layers are made of is not known: %s", printable(err))
+        return None
 
 
 def _engine_json(file: EngineFile) -> dict[str, Any]:
