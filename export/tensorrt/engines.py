@@ -1,31 +1,27 @@
-"""An engine for a bundle: its graph is taken or made, compiled, and added with its record as one change."""
+"""Engines for a bundle: a graph is taken or made, compiled, and added with its record as one change."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from rmt_trt.bundle import STEP, Bundle, GraphEntry, add_files
-from rmt_trt.contract import DTYPES
-from rmt_trt.engine_record import FOLDER, EngineRecord
-from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.export.engine_graphs import GRAPHS, recorded
-from rmt_trt.export.graph_check import GraphCheck, check_graphs
-from rmt_trt.export.plain import HALVES, plain_graph
-from rmt_trt.export.recover import model_from_bundle
+from rmt_trt.bundle import Bundle, GraphEntry, add_files
+from rmt_trt.contract import DTYPES, Head
+from rmt_trt.engine_record import FOLDER, HARDWARE, EngineRecord
+from rmt_trt.errors import ContractError
+from rmt_trt.export.engine_graphs import recorded
+from rmt_trt.export.graph_check import GraphCheck
 from rmt_trt.export.tensorrt import flavours
 from rmt_trt.export.tensorrt.builder import Plan, build_plan
 from rmt_trt.export.tensorrt.flavours import Flavour
-from rmt_trt.export.tensorrt.options import BuildOptions
-from rmt_trt.export.verify import TOLERANCES, model_reference, step_reference
-from rmt_trt.files import cannot_write, checked_path, sha256, write_file
+from rmt_trt.export.tensorrt.graphs import Graph, check_listed, listed_graph, made_graph
+from rmt_trt.export.tensorrt.options import BuildOptions, heads_of
+from rmt_trt.files import cannot_write, check_target, checked_path, sha256, write_file
 from rmt_trt.initial_state import to_metadata
-from rmt_trt.model.step import DecoderStep, EncoderStep, fingerprint
 
 Progress = Callable[[str, int, int], None]
 UNVERIFIED = "compiled, and never run: rmt-verify does that on a machine with such a GPU"
@@ -33,157 +29,170 @@ UNVERIFIED = "compiled, and never run: rmt-verify does that on a machine with su
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What was added. file: the engine's name in the bundle; its record is there as `.json`. check: the errors on the
-    CPU of a graph that was made for this build, or None."""
+    """What was added. file: the engine's name in the bundle; its record is there as `.json`.
+
+    opset   of the graph
+    check   the errors on the CPU of a graph that was made for the build, or None
+    whole   names of attention nodes that are one kernel each; those that may be several are in the record
+    joined  kernels in which the builder joined attention, from nodes or from products and softmax; None is not known
+    """
 
     file: str
     record: EngineRecord
-    check: GraphCheck | None = None
+    opset: int
+    check: GraphCheck | None
+    whole: tuple[str, ...]
+    joined: int | None
 
 
-@dataclass(frozen=True, eq=False)
-class _Graph:
-    """A graph to compile, its entry with the name that it has or would get in the bundle, and whether it is new."""
+def check_build(engine: str, dtypes: Sequence[str], options: BuildOptions, bundle: Bundle | None) -> Flavour:
+    """Says before minutes of work what would stop it. bundle: None is one that is not there yet.
 
-    path: Path
-    entry: GraphEntry
-    new: bool
-    check: GraphCheck | None = None
+    Errors: as `add_engines`.
+    """
+    flavour = flavours.flavour_of(engine, options)
+    wrong = [dtype for dtype in dtypes if dtype not in DTYPES]
+    if wrong or not dtypes:
+        raise ContractError(f"dtype is {', '.join(map(repr, wrong)) or 'missing'}; expected one of {', '.join(DTYPES)}")
+    for dtype in dtypes:
+        check_listed(bundle, engine, dtype)
+    flavours.capabilities(flavour, flavours.library(flavour), options)
+    if options.timing_cache is not None:
+        check_target(options.timing_cache)
+    return flavour
 
 
-def add_engine(
+def add_engines(
     bundle_path: Path | str,
     engine: str = "tensorrt-rtx",
-    dtype: str = "fp16",
+    dtypes: Sequence[str] = ("fp16",),
     options: BuildOptions | None = None,
     model: nn.Module | None = None,
     progress: Progress = lambda stage, done, total: None,
-) -> BuiltEngine:
-    """Compiles the step of an existing bundle and adds the engine; one of the same name is replaced.
+) -> tuple[BuiltEngine, ...]:
+    """Compiles the step of an existing bundle and adds the engines, those of a dtype as one change; one of the same name is
+    replaced.
 
-    dtype     fp32 compiles step.onnx; fp16 and bf16 a graph that is exported for the build; the graph that the bundle
+    dtypes    fp32 compiles step.onnx; fp16 and bf16 a graph that is exported for the build; the graph that the bundle
               lists for this engine and dtype, where it does, comes first
     model     the float32 step of the user's own that the bundle was exported from; None takes a published model out of
               the bundle itself
-    progress  called with (stage, done, total), from another thread too; stages are "graph", "check" and "build"
+    progress  called with (stage, done, total), from another thread too; stages are "graph fp16", "check fp16" and, with
+              the head, "build fp16 all"
 
-    The bundle is what it was until the engine is whole, whatever stops it. Errors: ContractError for options that do
-    not fit, or a graph that does not fit its spec; EngineError, when the library is missing, too old, lacks its GPU or
-    cannot build the graph; FormatError, when the bundle cannot be read or written; VerificationError, when a graph
+    The bundle is what it was until the engines of a dtype are whole, whatever stops it. Errors: ContractError for options
+    that do not fit, or a graph that does not fit its spec; EngineError, when the library is missing, too old, lacks its GPU
+    or cannot build the graph; FormatError, when the bundle cannot be read or written; VerificationError, when a graph
     that was made does not compute the model.
     """
     path, options = checked_path(bundle_path), options or BuildOptions()
-    flavour = flavours.flavour_of(engine, options)
-    if dtype not in DTYPES:
-        raise ContractError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    dtypes = tuple(dict.fromkeys(dtypes))
     bundle = Bundle(path)
-    # Before a graph is made, which takes longer than to find out that nothing can be built.
-    flavours.capabilities(flavour, flavours.library(flavour), options)
-    try:
-        # Beside the bundle: a folder for temporary files may be smaller than a model.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.resolve().parent) as scratch:
-            graph = _listed(bundle, engine, dtype) or _made(
-                bundle, engine, dtype, model, Path(scratch), options, progress
-            )
-            progress("build", 0, 1)
-            plan = build_plan(graph.path, bundle.spec, flavour, options, lambda a, b: progress("build", a, b))
-            progress("build", 1, 1)
-            return _add(bundle, graph, flavour, dtype, options, plan, Path(scratch))
-    except OSError as err:
-        raise cannot_write(path, err) from err
+    flavour = check_build(engine, dtypes, options, bundle)
+    built: list[BuiltEngine] = []
+    for dtype in dtypes:
+        try:
+            # Beside the bundle: a folder for temporary files may be smaller than a model.
+            with tempfile.TemporaryDirectory(
+                prefix=f".{path.name}.", suffix=".tmp", dir=path.resolve().parent
+            ) as scratch:
+                built += _Adding(Bundle(path), flavour, dtype, options, Path(scratch)).add(model, progress)
+        except OSError as err:
+            raise cannot_write(path, err) from err
+    return tuple(built)
 
 
-def _listed(bundle: Bundle, engine: str, dtype: str) -> _Graph | None:
-    """The graph that the bundle has for this use; in fp32 that is step.onnx."""
-    entry = bundle.graph(engine, dtype) or (bundle.graph("cpu", "fp32") if dtype == "fp32" else None)
-    if entry is None and dtype not in HALVES:
-        raise FormatError(f"{bundle.path} lists no {dtype} graph for engine '{engine}'. Add one, or take --dtype fp16")
-    return None if entry is None else _Graph(bundle.graph_path(entry), entry, new=False)
+@dataclass(frozen=True, eq=False)
+class _Adding:
+    """What the engines of one dtype go by. folder: for files on their way into the bundle."""
 
+    bundle: Bundle
+    flavour: Flavour
+    dtype: str
+    options: BuildOptions
+    folder: Path
 
-def _made(
-    bundle: Bundle,
-    engine: str,
-    dtype: str,
-    model: nn.Module | None,
-    folder: Path,
-    options: BuildOptions,
-    progress: Progress,
-) -> _Graph:
-    """A plain graph in half precision, checked on the CPU where that has the dtype: it has no bf16."""
-    step = _step(bundle, dtype, model)
-    initial = {state.initial: value for state, value in zip(bundle.spec.states, bundle.initial(), strict=True)}
-    path = folder / f"{engine}-{dtype}-step-all.onnx"
-    progress("graph", 0, 1)
-    entry = plain_graph(step, bundle.spec, dtype, path, initial, engine=engine)
-    progress("graph", 1, 1)
-    check = None
-    if options.check_segments and dtype == "fp16":
-        if isinstance(step, (EncoderStep, DecoderStep)):
-            reference = model_reference(step)
-        else:
-            reference = step_reference(step, bundle.spec, bundle.initial())
-        check = check_graphs(
-            (entry,), folder, bundle.spec, bundle.initial(), reference, options.check_segments, TOLERANCES[dtype],
-            progress=lambda done, total: progress("check", done, total),
+    def add(self, model: nn.Module | None, progress: Progress) -> list[BuiltEngine]:
+        bundle, engine, dtype, options = self.bundle, self.flavour.engine, self.dtype, self.options
+        files: dict[str, Path] = {}
+        built, used, made = [], {}, None
+        for head in heads_of(options, bundle.spec):
+            graph = listed_graph(bundle, engine, dtype, head) or made
+            if graph is None:
+                graph = made = made_graph(
+                    bundle, engine, dtype, model, self.folder, options.check_segments,
+                    lambda stage, done, total: progress(f"{stage} {dtype}", done, total),
+                )  # fmt: skip
+            used[graph.entry.file] = graph
+            one, written = self._compiled(graph, head, progress)
+            built.append(one)
+            files |= written
+        self._take_in(files, list(used.values()))
+        return built
+
+    def _compiled(self, graph: Graph, head: Head, progress: Progress) -> tuple[BuiltEngine, dict[str, Path]]:
+        """An engine and its record, in the folder, and by the names that they get in the bundle."""
+        stage = f"build {self.dtype} {head}"
+
+        def show(done: int, total: int) -> None:
+            progress(stage, done, total)
+
+        show(0, 1)
+        graph_head: Head = "none" if graph.entry.head == "none" else "all"
+        plan = build_plan(graph.path, self.bundle.spec, self.flavour, self.options, head, graph_head, show)
+        show(1, 1)
+        name = engine_name(self.flavour.engine, self.dtype, head, plan.capabilities, self.options)
+        file = self.folder / f"{name}.engine"
+        file.write_bytes(plan.data)
+        record = self._record(graph, plan, file)
+        write_file(file.with_suffix(".json"), record.to_json().encode())
+        built = BuiltEngine(f"{FOLDER}/{file.name}", record, graph.entry.opset, graph.check, plan.whole, plan.joined)
+        return built, {f"{FOLDER}/{name}{suffix}": file.with_suffix(suffix) for suffix in (".engine", ".json")}
+
+    def _record(self, graph: Graph, plan: Plan, file: Path) -> EngineRecord:
+        spec, entry, options = self.bundle.spec, graph.entry, self.options
+        initial = {state.initial: value for state, value in zip(spec.states, self.bundle.initial(), strict=True)}
+        return EngineRecord(
+            self.flavour.engine, self.dtype, entry.role, plan.head, file.name, file.stat().st_size, sha256(file),
+            self.flavour.module, plan.version, plan.capabilities,
+            ({key: {"min": [*r.least], "opt": [*r.best], "max": [*r.most]} for key, r in plan.profile.items()},),
+            tuple(plan.tensors["inputs"]), tuple(plan.tensors["outputs"]),
+            {"file": entry.file if self._kept(graph) else None, "sha256": sha256(graph.path)},
+            to_metadata(spec, initial),
+            stripped=options.strip_weights, version_compatible=options.version_compatible,
+            hardware_compatible=options.hardware_compatible, decomposable=plan.decomposable,
+            seconds=round(plan.seconds, 3),
         )  # fmt: skip
-    data = tuple(f"{GRAPHS}/{name}" for name in entry.data)
-    return _Graph(path, replace(entry, file=f"{GRAPHS}/{entry.file}", data=data), True, check)
+
+    def _kept(self, graph: Graph) -> bool:
+        """Whether a graph is in the bundle afterwards: one that was made for the build is, when an engine has no weights."""
+        return not graph.new or self.options.strip_weights
+
+    def _take_in(self, files: dict[str, Path], graphs: list[Graph]) -> None:
+        """Adds engines and records, and the graphs that are kept, to the bundle."""
+        listed: tuple[GraphEntry, ...] = ()
+        for graph in graphs:
+            if graph.new and self._kept(graph):
+                names = (graph.entry.file, *graph.entry.data)
+                files |= {inside: graph.path.with_name(Path(inside).name) for inside in names}
+                listed = (*listed, graph.entry)
+        new = next((graph for graph in graphs if graph.new), graphs[0])
+        facts = {
+            "plain": f"compiled from {'a plain graph' if new.new else new.entry.file}",
+            "check": None if new.check is None else new.check.to_json(),
+            "verification": None,
+            "unverified": UNVERIFIED,
+        }
+        add_files(
+            self.bundle.path, files, listed, fingerprint=self.bundle.spec.fingerprint,
+            verification=lambda old: recorded(old, self.flavour.engine, self.dtype, facts),
+        )  # fmt: skip
 
 
-def _step(bundle: Bundle, dtype: str, model: nn.Module | None) -> nn.Module:
-    """The float32 module of the bundle, proved to be its own."""
-    if model is None:
-        if bundle.manifest.model is None:
-            raise FormatError(
-                f"{bundle.path} holds a step of the user's own, which no file describes: its {dtype} graph is made from its "
-                f"PyTorch module. Pass it: rmt_trt.export.tensorrt.add_engine(path, dtype='{dtype}', model=step)"
-            )
-        return model_from_bundle(bundle)
-    values = zip(bundle.spec.states, bundle.initial(), strict=True)
-    if fingerprint(model, {s.initial: torch.from_numpy(value) for s, value in values}) != bundle.spec.fingerprint:
-        raise FormatError(f"the model holds other weights than {bundle.path} was exported from. Give the right one")
-    return model.eval()
-
-
-def _add(
-    bundle: Bundle, graph: _Graph, flavour: Flavour, dtype: str, options: BuildOptions, plan: Plan, folder: Path
-) -> BuiltEngine:
-    """Writes the engine and its record beside the bundle, and takes both in. A graph that was made for the build goes
-    in too when the engine holds no weights."""
-    engine = flavour.engine
-    name = engine_name(engine, dtype, plan.capabilities, options.max_batch)
-    file, entry = folder / f"{name}.engine", graph.entry
-    file.write_bytes(plan.data)
-    kept = not graph.new or options.strip_weights
-    initial = {state.initial: value for state, value in zip(bundle.spec.states, bundle.initial(), strict=True)}
-    record = EngineRecord(
-        engine, dtype, entry.role, entry.head, file.name, file.stat().st_size, sha256(file), flavour.module,
-        plan.version, plan.capabilities,
-        ({key: {"min": [*r.least], "opt": [*r.best], "max": [*r.most]} for key, r in plan.profile.items()},),
-        tuple(plan.tensors["inputs"]), tuple(plan.tensors["outputs"]),
-        {"file": entry.file if kept else None, "sha256": sha256(graph.path)},
-        to_metadata(bundle.spec, initial),
-        stripped=options.strip_weights, version_compatible=options.version_compatible,
-        decomposable=plan.decomposable, seconds=round(plan.seconds, 3),
-    )  # fmt: skip
-    write_file(folder / f"{name}.json", record.to_json().encode())
-    files = {f"{FOLDER}/{name}{suffix}": folder / f"{name}{suffix}" for suffix in (".engine", ".json")}
-    listed: tuple[GraphEntry, ...] = ()
-    if graph.new and kept:
-        names = (entry.file, *entry.data)
-        files |= {inside: graph.path.with_name(Path(inside).name) for inside in names}
-        listed = (entry,)
-    facts = {
-        "plain": "compiled from step.onnx" if entry.file == STEP else "compiled from a plain graph",
-        "check": None if graph.check is None else graph.check.to_json(),
-        "verification": None,
-        "unverified": UNVERIFIED,
-    }
-    add_files(bundle.path, files, listed, verification=lambda old: recorded(old, engine, dtype, facts))
-    return BuiltEngine(f"{FOLDER}/{name}.engine", record, graph.check)
-
-
-def engine_name(engine: str, dtype: str, capabilities: tuple[int, ...], max_batch: int) -> str:
-    """Name of an engine without its suffix: one per engine, dtype, kinds of GPU and batch."""
-    return "-".join([engine, dtype, *(f"sm{value}" for value in capabilities), f"b{max_batch}"])
+def engine_name(engine: str, dtype: str, head: str, capabilities: tuple[int, ...], options: BuildOptions) -> str:
+    """Name of an engine without its suffix: one for each use and kind of engine."""
+    kinds = [f"sm{value}" for value in capabilities]
+    if options.hardware_compatible != HARDWARE[0]:
+        kinds.append(options.hardware_compatible)
+    extra = ["compatible"] * options.version_compatible + ["stripped"] * options.strip_weights
+    return "-".join([engine, dtype, head, *kinds, f"b{options.max_batch}", *extra])

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX: nearly one Python API. All that tells them apart stands here.
+"""TensorRT and TensorRT for RTX: nearly one Python API. All that tells them apart in a build stands here.
 
 TensorRT-RTX compiles ahead of time for GPUs that are not there; its kernels are finished on the user's machine.
 TensorRT measures kernels on the GPU that it builds for. Enum numbers changed between 10 and 11, so that only names of
@@ -11,9 +11,15 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from rmt_trt.engine_record import HARDWARE
 from rmt_trt.errors import ContractError, EngineError, require
 from rmt_trt.export.tensorrt.options import BuildOptions
-from rmt_trt.runtime import cuda
+from rmt_trt.runtime import cuda, machine
+from rmt_trt.runtime.engine_fit import dotted
+
+# TensorRT-RTX 1.7 writes into an engine, as text, which kernels a step runs; this is the one for whole attention.
+JOINED_ATTENTION = re.compile(rb"function=\{ name=_gemm_mha")
+KERNEL = re.compile(rb"function=\{ name=")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,12 @@ FLAVOURS = {
     "tensorrt": Flavour("tensorrt", "TensorRT", "tensorrt", "tensorrt", (10, 14), False),
     "tensorrt-rtx": Flavour("tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx", (1, 4), True),
 }
+# What TensorRT-RTX has no use for, and why; the first two were tried with 1.7.1.
+NOT_AHEAD_OF_TIME = {
+    "--timing-cache": "it measures no kernels when it builds",
+    "--version-compatible": "that takes a library, libnvinfer_lean, which it does not come with",
+    "--hardware-compatible": "its kernels are finished on the GPU that runs them; name the GPUs with --compute-capability",
+}
 
 
 def flavour_of(engine: str, options: BuildOptions) -> Flavour:
@@ -42,12 +54,16 @@ def flavour_of(engine: str, options: BuildOptions) -> Flavour:
         raise ContractError(f"engine is {engine!r}; engines are built for {', '.join(FLAVOURS)}")
     flavour = FLAVOURS[engine]
     if flavour.ahead_of_time:
-        # Both were tried with 1.7.1: a timing cache does nothing, and a version-compatible build wants a library
-        # (libnvinfer_lean) that TensorRT-RTX does not come with.
-        given = {"timing cache": options.timing_cache, "version compatibility": options.version_compatible}
-        for name, value in given.items():
-            if value:
-                raise ContractError(f"{flavour.title} has no {name}. Leave it out, or build with --engine tensorrt")
+        given = {
+            "--timing-cache": options.timing_cache is not None,
+            "--version-compatible": options.version_compatible,
+            "--hardware-compatible": options.hardware_compatible != HARDWARE[0],
+        }
+        for name, reason in NOT_AHEAD_OF_TIME.items():
+            if given[name]:
+                raise ContractError(
+                    f"{flavour.title} takes no {name}: {reason}. Leave it out, or build with --engine tensorrt"
+                )
     return flavour
 
 
@@ -84,7 +100,7 @@ def capabilities(flavour: Flavour, trt: Any, options: BuildOptions) -> tuple[int
     reason = cuda.refusal(options.device)
     if reason is not None:
         raise EngineError(f"{_why_a_gpu(flavour, options)}: {reason}")
-    here = _capability(options.device)
+    here = machine.capability(options.device)
     if flavour.ahead_of_time and wanted:
         return wanted
     if wanted not in ((), (here,)):
@@ -101,17 +117,23 @@ def prepare(flavour: Flavour, options: BuildOptions) -> None:
         cuda.library().Device(options.device).set_current()
 
 
-def target(flavour: Flavour, trt: Any, config: Any, wanted: tuple[int, ...]) -> None:
-    """Tells a builder's config which GPUs to build for; TensorRT takes the one it runs on."""
+def target(flavour: Flavour, trt: Any, config: Any, wanted: tuple[int, ...], options: BuildOptions) -> None:
+    """Tells a builder's config which GPUs to build for; TensorRT takes the one it runs on, and maybe others like it."""
     if flavour.ahead_of_time:
         config.num_compute_capabilities = len(wanted)
         for index, value in enumerate(wanted):
             config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{value}"], index)
+    elif options.hardware_compatible != HARDWARE[0]:
+        levels = trt.HardwareCompatibilityLevel.__members__
+        config.hardware_compatibility_level = levels[options.hardware_compatible.upper()]
 
 
-def dotted(values: list[int] | tuple[int, ...]) -> str:
-    """(89, 120) as people write it: 8.9, 12.0."""
-    return ", ".join(f"{value // 10}.{value % 10}" for value in values)
+def joined_attention(flavour: Flavour, data: Any) -> int | None:
+    """In how many attention kernels a step of this engine runs products and softmax together, by the list of kernels in
+    it; None where it has no such list."""
+    if not flavour.ahead_of_time or KERNEL.search(data) is None:
+        return None
+    return len(JOINED_ATTENTION.findall(data))
 
 
 def _why_a_gpu(flavour: Flavour, options: BuildOptions) -> str:
@@ -123,8 +145,3 @@ def _why_a_gpu(flavour: Flavour, options: BuildOptions) -> str:
         # Tried with 1.7.1: its compiler asks the driver for kernels when weights are to be refitted.
         return f"{flavour.title} needs a GPU's driver to build an engine without its weights"
     return f"{flavour.title} was not told what to build for (--compute-capability 89,120), and takes this machine's GPU"
-
-
-def _capability(device: int) -> int:
-    major, minor = cuda.library().Device(device).compute_capability
-    return 10 * int(major) + int(minor)

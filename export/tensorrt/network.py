@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
+from rmt_trt.contract import LOGITS, SEGMENT, Head, StepSpec
 from rmt_trt.errors import ContractError, EngineError, FormatError
 from rmt_trt.runtime.engines.tensorrt_log import one_line
 
 ANY = -1
+Fact = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 def read_network(trt: Any, builder: Any, log: Any, path: Path, title: str) -> tuple[Any, Any]:
@@ -21,21 +23,27 @@ def read_network(trt: Any, builder: Any, log: Any, path: Path, title: str) -> tu
     parser = trt.OnnxParser(network, log)
     with log.capture() as lines:
         if not parser.parse_from_file(str(path)):
-            problems = [_problem(parser.get_error(index)) for index in range(parser.num_errors)]
+            problems = [_problem(trt, parser.get_error(index)) for index in range(parser.num_errors)]
             raise FormatError(f"{title} cannot read '{path.name}': {one_line(problems or lines)}")
     return network, parser
 
 
-def _problem(problem: Any) -> str:
-    """A parser's error in one line: which node, and why."""
-    node, operator = problem.node_name(), problem.node_operator()
+def _problem(trt: Any, problem: Any) -> str:
+    """A parser's error in one line: which node, and why. Of an operator that it does not know it says no more than the
+    condition that did not hold."""
+    node, operator, desc = problem.node_name(), problem.node_operator(), problem.desc()
     where = f"node '{node}' ({operator}): " if node or operator else ""
     inside = list(problem.local_function_stack())
-    return f"{where}{problem.desc()}{f' (inside {inside})' if inside else ''}"
+    if operator and (problem.code() == trt.ErrorCode.UNSUPPORTED_NODE or "plugin" in desc.lower()):
+        desc = (
+            f"it has no operator {operator} ({desc}). It reads standard ONNX alone, and rmt-trt brings no plugins: export the "
+            f"step with other nodes"
+        )
+    return f"{where}{desc}{f' (inside {inside})' if inside else ''}"
 
 
-def check_network(trt: Any, network: Any, spec: StepSpec, name: str) -> dict[str, list[dict[str, Any]]]:
-    """The table of inputs and outputs: name, dtype and shape, -1 where it varies.
+def check_network(trt: Any, network: Any, spec: StepSpec, name: str, head: Head) -> None:
+    """Compares inputs and outputs with the spec; head "none" is a graph without logits.
 
     Errors: ContractError, when names, dtypes or shapes are not those of the spec, or an axis is frozen that should vary.
     """
@@ -43,10 +51,11 @@ def check_network(trt: Any, network: Any, spec: StepSpec, name: str) -> dict[str
     rows = (ANY, spec.num_logits) if spec.logits == "classifier" else (ANY, text, spec.num_logits)
     states = spec.states
     inputs = [(s.input, s.dtype, (ANY, *s.shape)) for s in states] + [(SEGMENT, "int64", (ANY, text))]
-    outputs = [(s.output, s.dtype, (ANY, *s.shape)) for s in states] + [(LOGITS, "float32", rows)]
-    found_in = [_facts(trt, network.get_input(index)) for index in range(network.num_inputs)]
-    found_out = [_facts(trt, network.get_output(index)) for index in range(network.num_outputs)]
-    for kind, wanted, found in (("inputs", inputs, found_in), ("outputs", outputs, found_out)):
+    outputs = [(s.output, s.dtype, (ANY, *s.shape)) for s in states] + [(LOGITS, "float32", rows)] * (head == "all")
+    for kind, wanted, found in (
+        ("inputs", inputs, _inputs(trt, network)),
+        ("outputs", outputs, _outputs(trt, network)),
+    ):
         loose = kind == "outputs"
         if [fact[0] for fact in found] != [want[0] for want in wanted]:
             raise ContractError(
@@ -59,26 +68,57 @@ def check_network(trt: Any, network: Any, spec: StepSpec, name: str) -> dict[str
                     f"graph '{name}': '{fact[0]}' is {fact[1]} of shape {fact[2]}; the step spec says {want[1]} of shape "
                     f"{want[2]}, where {ANY} varies. Export the model again"
                 )
-    return {"inputs": _table(found_in), "outputs": _table(found_out)}
 
 
-def allow_decomposition(trt: Any, network: Any) -> tuple[str, ...]:
-    """Lets the builder make an attention node of several kernels where it has no single one, as in fp32 or for small
-    heads: without that it stops. Returns the names of the nodes; older opsets have none, and fuse by themselves."""
-    names = []
+def take_head(trt: Any, network: Any, spec: StepSpec, head: Head) -> dict[str, list[dict[str, Any]]]:
+    """Leaves the logits out of a network for head "none": the builder then drops what computes them alone.
+
+    Returns the tables of inputs and outputs: name, dtype and shape, -1 where it varies. Errors: EngineError.
+    """
+    logits = len(spec.states)
+    if head == "none" and network.num_outputs > logits:
+        network.unmark_output(network.get_output(logits))
+    found = {"inputs": _table(_inputs(trt, network)), "outputs": _table(_outputs(trt, network))}
+    names = [entry["name"] for entry in found["outputs"]]
+    if names != list(spec.outputs[: logits + (head == "all")]):
+        raise EngineError(f"an engine with the outputs {names} was about to be built for head '{head}'")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """An attention node of a network. float32: its products are of float32."""
+
+    name: str
+    float32: bool
+    attention: Any
+
+    def take_apart(self) -> None:
+        """Lets the builder make it of several kernels. Errors: EngineError."""
+        self.attention.decomposable = True
+        if not self.attention.decomposable:
+            raise EngineError(f"attention node '{self.name}' cannot be marked as decomposable")
+
+
+def attention_of(trt: Any, network: Any) -> tuple[Attention, ...]:
+    """The attention nodes. Graphs of opset 22 and before have none: the builder joins products and softmax by itself."""
+    found = []
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer  # the bindings give the base class
             attention = layer.attention
-            attention.decomposable = True
-            if not attention.decomposable:
-                raise EngineError(f"attention node '{layer.name}' cannot be marked as decomposable")
-            names.append(str(layer.name))
-    return tuple(names)
+            float32 = attention.get_input(0).dtype == trt.DataType.FLOAT
+            found.append(Attention(str(layer.name), float32, attention))
+    return tuple(found)
 
 
-Fact = tuple[str, str, tuple[int, ...]]
+def _inputs(trt: Any, network: Any) -> list[Fact]:
+    return [_facts(trt, network.get_input(index)) for index in range(network.num_inputs)]
+
+
+def _outputs(trt: Any, network: Any) -> list[Fact]:
+    return [_facts(trt, network.get_output(index)) for index in range(network.num_outputs)]
 
 
 def _facts(trt: Any, tensor: Any) -> Fact:

@@ -1,4 +1,4 @@
-"""rmt-export: a trained checkpoint becomes a verified bundle; graphs made for an engine are added to it."""
+"""rmt-export: a trained checkpoint becomes a verified bundle; graphs or engines for a GPU are added to it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,32 @@ import typer
 from rich.console import Console
 
 from rmt_trt.bundle import MANIFEST, Bundle
+from rmt_trt.commands import engine_options
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
+from rmt_trt.commands.engine_options import (
+    ComputeCapability,
+    Device,
+    EngineFlags,
+    HardwareCompatible,
+    HeadOption,
+    MaxBatch,
+    OptimizationLevel,
+    StripWeights,
+    TimingCache,
+    VersionCompatible,
+    Workspace,
+    build_engines,
+    parse_dtypes,
+)
 from rmt_trt.commands.reference import bundle_model
 from rmt_trt.commands.report import added_line, drift_table, record_lines
-from rmt_trt.contract import ALIGNMENTS, Alignment
+from rmt_trt.contract import ALIGNMENTS, DTYPES, Alignment
 from rmt_trt.errors import ContractError, FormatError, VerificationError, require
 from rmt_trt.files import check_target
 
 if TYPE_CHECKING:
     from rmt_trt.export import EngineOptions, ExportOptions, Report
+    from rmt_trt.export.tensorrt import BuildOptions
     from rmt_trt.model.checkpoint import LoadedModel, LoadOptions
     from rmt_trt.model.step import RMTModel
 
@@ -29,7 +46,8 @@ LABELS = {
     "load": "reading the checkpoint", "export": "exporting the segment step", "verify": "verifying",
     "graphs": "writing graphs", "check": "checking them on the CPU",
 }  # fmt: skip
-ENGINES = ("cpu", "cuda")
+ENGINES = ("cpu", "cuda", *engine_options.ENGINES)
+GRAPH_DTYPES = ("fp32", "fp16", "bf16")
 Show = Callable[[str, int, int], None]
 Result = TypeVar("Result")
 
@@ -44,11 +62,26 @@ def export(
         Path | None, typer.Option("-o", "--out", help="The bundle to write. [default: MODEL's name.rmt]")
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="cpu: step.onnx alone. cuda: also graphs made for ONNX Runtime's CUDA provider.")
+        str,
+        typer.Option(
+            help="cpu: step.onnx alone. cuda: also graphs made for ONNX Runtime's CUDA provider. tensorrt, tensorrt-rtx: "
+            "also engines, as rmt-build makes them."
+        ),
     ] = "cpu",
     dtype: Annotated[
-        str | None, typer.Option(help="Of the engine's graphs: fp32, fp16, bf16, several with commas. [default: fp16]")
+        str | None,
+        typer.Option(help="Of the engine's graphs or engines: fp32, fp16, bf16, several with commas. [default: fp16]"),
     ] = None,
+    compute_capability: ComputeCapability = None,
+    max_batch: MaxBatch = None,
+    head: HeadOption = None,
+    workspace: Workspace = None,
+    timing_cache: TimingCache = None,
+    optimization_level: OptimizationLevel = None,
+    strip_weights: StripWeights = False,
+    version_compatible: VersionCompatible = False,
+    hardware_compatible: HardwareCompatible = None,
+    device: Device = None,
     plain: Annotated[bool, typer.Option("--plain", help="Fuse nothing in the engine's graphs.")] = False,
     checkpoint: Annotated[
         Path | None, typer.Option("--model", help="The checkpoint of a bundle that does not give its model itself.")
@@ -81,10 +114,15 @@ def export(
 ) -> None:
     """Exports the segment step of MODEL to ONNX and proves it along the recurrence.
 
-    The bundle appears only when the exported graph gives the numbers of the PyTorch recurrence. With --engine cuda,
-    graphs made for that engine are added; to a bundle that exists too.
+    The bundle appears only when the exported graph gives the numbers of the PyTorch recurrence. With --engine cuda, graphs
+    made for that engine are added, with --engine tensorrt or tensorrt-rtx engines; to a bundle that exists too.
     """
-    dtypes = _dtypes(engine, dtype, plain)
+    flags = EngineFlags(
+        compute_capability, max_batch, head, workspace, timing_cache, optimization_level, strip_weights,
+        version_compatible, hardware_compatible, device,
+    )  # fmt: skip
+    dtypes = _dtypes(engine, dtype, plain, flags)
+    compiled = engine in engine_options.ENGINES
     existing = model.is_dir() and (model.suffix == ".rmt" or (model / MANIFEST).is_file())
     target = model if existing else out or default_bundle(model)
     if existing:
@@ -95,6 +133,7 @@ def export(
                 "--alignment": alignment, "--tokenizer": tokenizer, "--lora-alpha": lora_alpha, "--drop-ids": drop_ids,
                 "--max-segments": max_segments, "--labels": labels, "--save-model": save_model,
                 "--overwrite": overwrite or None,
+                **({"--tolerance": tolerance, "--accept-drift": accept_drift or None} if compiled else {}),
             },
             dtypes,
         )  # fmt: skip
@@ -105,39 +144,59 @@ def export(
     from rmt_trt.export import EngineOptions, ExportOptions
     from rmt_trt.model.checkpoint import LoadOptions
 
-    bound = None if dtypes else tolerance
+    build = _checked_build(engine, dtypes, flags, model if existing else None) if compiled else None
+    # Graphs for the CUDA engine have a tolerance of their own.
+    bound = None if engine == "cuda" else tolerance
     options = ExportOptions(segments=segments, tolerance=bound, accept_drift=accept_drift, overwrite=overwrite)
     graphs = EngineOptions(segments=segments, tolerance=tolerance, accept_drift=accept_drift, plain=plain)
     screen = console()
     if existing:
-        step = bundle_model(Bundle(model), checkpoint) if checkpoint or Bundle(model).manifest.model else None
+        given = Bundle(model).manifest.model is not None and not compiled  # a build takes it itself, where it needs one
+        step = bundle_model(Bundle(model), checkpoint) if checkpoint or given else None
     else:
-        flags = LoadOptions(
+        loading = LoadOptions(
             config=config, input_size=input_size, segment_size=segment_size, alignment=cast("Alignment | None", alignment),
             tokenizer=tokenizer, lora_alpha=lora_alpha, drop_ids=whole_numbers(drop_ids), max_segments=max_segments,
             labels=None if labels is None else tuple(labels.split(",")),
         )  # fmt: skip
-        step = _export(model, target, flags, options, save_model, screen).model
+        step = _export(model, target, loading, options, save_model, screen).model
+    if build is not None:
+        build_engines(target, engine, dtypes, build, step, screen)
+        return
     for kind in dtypes:
         _add(target, engine, kind, step, graphs, screen)
 
 
-def _dtypes(engine: str, dtype: str | None, plain: bool) -> tuple[str, ...]:
-    """The dtypes of the graphs to add; none of the CPU engine, which runs step.onnx. Errors: ContractError."""
+def _checked_build(engine: str, dtypes: tuple[str, ...], flags: EngineFlags, bundle: Path | None) -> BuildOptions:
+    """The options of the engines to build, after all was looked at that would stop a build."""
+    from rmt_trt.export.tensorrt import check_build
+
+    build = flags.options()
+    check_build(engine, dtypes, build, None if bundle is None else Bundle(bundle))
+    return build
+
+
+def _dtypes(engine: str, dtype: str | None, plain: bool, flags: EngineFlags) -> tuple[str, ...]:
+    """The dtypes of what is to be added; none for the CPU engine, which runs step.onnx. Errors: ContractError."""
     if engine not in ENGINES:
-        raise ContractError(f"--engine is {engine!r}; rmt-export makes graphs for {', '.join(ENGINES)}")
+        raise ContractError(
+            f"--engine is {engine!r}; rmt-export makes graphs for cpu, cuda, engines for {', '.join(engine_options.ENGINES)}"
+        )
+    compiled = engine in engine_options.ENGINES
+    if flags.given() and not compiled:
+        names = flags.given()
+        raise ContractError(
+            f"{', '.join(names)} {'go' if len(names) > 1 else 'goes'} with --engine {' or '.join(engine_options.ENGINES)}; "
+            f"nothing is compiled for '{engine}'"
+        )
+    if plain and engine != "cuda":
+        what = "step.onnx" if engine == "cpu" else "the graphs that TensorRT compiles"
+        raise ContractError(f"--plain goes with --engine cuda; nothing is fused in {what}. Leave it out")
     if engine == "cpu":
         if dtype not in (None, "fp32"):
             raise ContractError(f"--dtype {dtype} goes with --engine cuda; the CPU engine runs step.onnx in fp32")
-        if plain:
-            raise ContractError("--plain goes with --engine cuda; nothing is fused in step.onnx. Leave it out")
         return ()
-    allowed = ("fp32", "fp16", "bf16")
-    kinds = tuple(dict.fromkeys(("fp16" if dtype is None else dtype).split(",")))
-    wrong = [kind for kind in kinds if kind not in allowed]
-    if wrong:
-        raise ContractError(f"--dtype is {dtype!r}; expected one of {', '.join(allowed)}, or several with commas")
-    return kinds
+    return parse_dtypes("fp16" if dtype is None else dtype, DTYPES if compiled else GRAPH_DTYPES)
 
 
 def _refuse(bundle: Path, flags: Mapping[str, Any], dtypes: tuple[str, ...]) -> None:
@@ -146,7 +205,8 @@ def _refuse(bundle: Path, flags: Mapping[str, Any], dtypes: tuple[str, ...]) -> 
     if given or not dtypes:
         what = f"{', '.join(given)} {'go' if len(given) > 1 else 'goes'} with a checkpoint, and " if given else ""
         raise ContractError(
-            f"{what}{bundle} is a bundle already. Add graphs to it with: rmt-export {bundle} --engine cuda --dtype fp16"
+            f"{what}{bundle} is a bundle already. Add graphs to it with: rmt-export {bundle} --engine cuda --dtype fp16; "
+            f"engines with --engine tensorrt-rtx or tensorrt"
         )
 
 
