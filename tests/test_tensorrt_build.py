@@ -339,6 +339,7 @@ def test_options_reach_the_builders_config() -> None:
     assert (config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE), config.builder_optimization_level) == plain
     flags = (trt.BuilderFlag.TF32, trt.BuilderFlag.STRIP_PLAN, trt.BuilderFlag.VERSION_COMPATIBLE)
     assert [config.get_flag(flag) for flag in flags] == [False, False, False]
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
     wanted = BuildOptions(workspace_mib=64, optimization_level=5, strip_weights=True, version_compatible=True)
     builder.configure(trt, config, wanted)
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
