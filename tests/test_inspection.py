@@ -20,6 +20,8 @@ from tensorrt_stand_in import engine_bundle, engine_file
 from rmt_trt.commands import info
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import EngineError
+from rmt_trt.export.tensorrt.builder import configure
+from rmt_trt.export.tensorrt.options import BuildOptions
 from rmt_trt.runtime.inspection import chosen, opened, profiler_class
 from rmt_trt.runtime.layer_information import Port, read_information
 from rmt_trt.runtime.source import open_source
@@ -470,3 +472,17 @@ def test_what_holds_no_engine_says_what_to_build(capsys: pytest.CaptureFixture[s
     with on_machine(Facts(gpu="no GPU")):
         for path in (made("bert").bundle, made("bert").bundle / "step.onnx"):
             assert "To build one, for GPUs of 8.9 and 12.0: rmt-build" in shown(capsys, path, "--layers", code=1)
+
+
+# What builds keep.
+
+
+def test_builds_keep_what_the_inspector_tells() -> None:
+    class Silent(tensorrt_rtx.ILogger):  # type: ignore[misc]
+        def log(self, severity: Any, message: str) -> None:
+            pass
+
+    config = tensorrt_rtx.Builder(Silent()).create_builder_config()
+    assert config.profiling_verbosity == tensorrt_rtx.ProfilingVerbosity.LAYER_NAMES_ONLY
+    configure(tensorrt_rtx, config, BuildOptions())
+    assert config.profiling_verbosity == tensorrt_rtx.ProfilingVerbosity.DETAILED
