@@ -175,10 +175,6 @@ def configure(trt: Any, config: Any, options: BuildOptions) -> None:
     # and of a GPT-2 small in fp16 came out as large to the byte, since the details are in them anyway. A run does not tell
     # them to profilers (runtime/engines/tensorrt_versions.py).
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # For the inspector (rmt-info --layers). With TensorRT-RTX 1.7.1 it costs nothing: engines of a BERT-base in fp16 and fp32
-    # and of a GPT-2 small in fp16 came out as large to the byte, since the details are in them anyway. A run does not tell
-    # them to profilers (runtime/engines/tensorrt_versions.py).
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * MIB)
     if options.optimization_level is not None:
