@@ -27,16 +27,18 @@ ROOMS = {
 # Ranges only: a user may have any recent torch. Exact versions that are tested together stand in constraints.txt.
 TEXT = ["tokenizers>=0.20"]
 MODEL = ["torch>=2.9", "transformers>=5.0", *TEXT]
+# cuda-core does not bring the bindings that it cannot be imported without: theirs is the choice of a CUDA.
+CUDA = ["cuda-core>=1.0", "cuda-bindings>=12.9"]
 # ONNX Runtime below 1.24.4 reads external data outside a graph's folder.
 EXTRAS = {
     "text": TEXT,
     "export": [*MODEL, "onnx>=1.19", "onnxscript>=0.6", "onnxruntime>=1.24.4"],
     "cpu": ["onnxruntime>=1.24.4", *TEXT],
     # The oldest version that was run.
-    "gpu": ["onnxruntime-gpu>=1.31.1", "cuda-core>=1.0", *TEXT],
-    "tensorrt": ["tensorrt>=10.14", "cuda-core>=1.0", *TEXT],
-    "tensorrt-lean": ["tensorrt-lean-cu13>=10.14", "cuda-core>=1.0", *TEXT],
-    "tensorrt-rtx": ["tensorrt-rtx>=1.4", "cuda-core>=1.0", *TEXT],
+    "gpu": ["onnxruntime-gpu>=1.31.1", *CUDA, *TEXT],
+    "tensorrt": ["tensorrt>=10.14", *CUDA, *TEXT],
+    "tensorrt-lean": ["tensorrt-lean-cu13>=10.14", *CUDA, *TEXT],
+    "tensorrt-rtx": ["tensorrt-rtx>=1.4", *CUDA, *TEXT],
     "train": MODEL,
     # Beside the extra of the engine that is measured: the GPU's and the CPU's ONNX Runtime exclude each other.
     "bench": [*MODEL, "onnx>=1.19", "onnxscript>=0.6", "matplotlib>=3.8", "nvidia-ml-py>=12"],
@@ -51,6 +53,7 @@ EXTRAS["dev"] = [
     "mypy>=1.14",
     "setuptools>=77",
     "tensorrt-rtx>=1.4",  # builds engines without a GPU; the tests run none
+    "tensorrt-lean-cu13>=11.4",  # its names are compared with those that the code uses; it is never started
 ]
 
 COMMANDS = ["export", "build", "run", "info", "verify", "train", "bench"]
