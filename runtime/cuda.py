@@ -245,16 +245,16 @@ class Gpu:
             try:
                 # Of this thread alone: an allocation in another one does not spoil it.
                 builder.begin_building(mode="thread_local")
-                try:
-                    work()
-                except BaseException:
-                    with suppress(Exception):  # what went wrong inside says more than that the capture is spoiled
-                        builder.end_building()
-                    raise
+                work()
                 builder.end_building()
-                return builder.complete()
-            finally:
-                builder.close()
+                graph = builder.complete()
+            except BaseException:
+                # It ends the capture, and complains of one that is spoiled; what went wrong inside says more than that.
+                with suppress(Exception):
+                    builder.close()
+                raise
+            builder.close()
+            return graph
 
     def array(self, buffer: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         """A buffer as an array that speaks DLPack, without a copy. Its work is waited for first."""

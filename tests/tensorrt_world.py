@@ -124,6 +124,7 @@ class Strict:
 
     def guard(self) -> None:
         if self.capture is not None:
+            self.capture.spoiled = True
             self.world.refuse("a capture is spoiled: only steps belong into it")
 
     def create_graph_builder(self) -> GraphBuilder:
@@ -221,6 +222,8 @@ class GraphBuilder:
         self._stream.capture = self._graph
 
     def end_building(self) -> None:
+        if self._graph.spoiled:
+            raise RuntimeError("Build process encountered an error and has been invalidated.")
         self._stream.capture = None
 
     def complete(self) -> Graph:
@@ -232,17 +235,24 @@ class GraphBuilder:
         return self._graph
 
     def close(self) -> None:
-        assert self._stream.capture is None, "a capture was not ended"
+        """Ends a capture that is under way, as cuda.core does, and complains of a spoiled one all the same."""
+        under_way, self._stream.capture = self._stream.capture, None
+        if under_way is not None and under_way.spoiled:
+            raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
 
 
 class Graph:
-    """What was captured: steps with the addresses of that moment. It keeps no memory alive."""
+    """What was captured: steps with the addresses of that moment. It keeps no memory alive.
+
+    spoiled  something came into the capture that cannot be in one
+    """
 
     kind = "Graph"
 
     def __init__(self, world: World) -> None:
         self._world, self.closed, self._thread = world, False, threading.get_ident()
         self.steps: list[Step] = []
+        self.spoiled = False
 
     def launch(self, stream: Any) -> None:
         self._world.launched += 1

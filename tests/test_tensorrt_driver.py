@@ -478,16 +478,22 @@ def test_answers_do_not_depend_on_when_the_gpu_does_its_work(seed: int, tmp_path
     ("error", "seen", "message"),
     [
         (ZeroDivisionError("by zero"), EngineError, r"captured no CUDA graph\. The driver says: by zero"),
+        (EngineError("the library's own words"), EngineError, "^the library's own words$"),
         (KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
     ],
 )
-def test_a_capture_has_ended_whatever_is_raised_in_it(
-    error: BaseException, seen: type[BaseException], message: str
+@pytest.mark.parametrize("spoils", [False, True])
+def test_a_capture_has_ended_whatever_is_raised_in_it_and_that_is_what_is_said(
+    spoils: bool, error: BaseException, seen: type[BaseException], message: str
 ) -> None:
+    gpu = StrictGpu(0, World())
+
     def work() -> None:
+        if spoils:
+            with pytest.raises(EngineError, match="a capture is spoiled"):
+                gpu.wait()
         raise error
 
-    gpu = StrictGpu(0, World())
     with pytest.raises(seen, match=message):
         gpu.captured(work)
     assert gpu.stream.capture is None
