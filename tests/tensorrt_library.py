@@ -343,6 +343,8 @@ class IExecutionContext(Owned):
         for graph in self._world.live(Graph):
             if any(step.context() in (None, self) for step in graph.steps):
                 self._world.violations.append("a context is released before what was captured of it")
+        if self._world.under_way[self._key]:
+            self._world.violations.append("a context is released while a step of it is under way")
         self._gone()
 
 

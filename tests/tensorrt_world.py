@@ -50,6 +50,7 @@ class World:
         self.alive: weakref.WeakSet[Any] = weakref.WeakSet()  # runtimes, engines, contexts, graphs
         self.released: list[str] = []
         self.threads: set[int] = set()
+        self.under_way: Counter[object] = Counter()  # steps of each context that were enqueued and are not done
         self.compiled: set[str] = set()  # kernels of TensorRT-RTX that this process made
         self.logger: Any = None
         self._faults: dict[str, int] = {}
@@ -276,7 +277,7 @@ class Step:
 
     def __init__(self, context: Any, places: dict[str, Any], scratch: Any) -> None:
         self._world, self._engine, self._places, self._scratch = context._world, context._file, places, scratch
-        self.context = weakref.ref(context)
+        self.context, self._key = weakref.ref(context), context._key
 
     def ready(self) -> Callable[[], None]:
         """The work, its memory held: what is freed later is freed behind it on its stream."""
@@ -284,6 +285,7 @@ class Step:
             self._world.refuse("a graph is replayed after its context was released")
         arrays = {name: self._array(*place) for name, place in self._places.items()}
         scratch = self._array(*self._scratch)
+        self._world.under_way[self._key] += 1
         return lambda: self._run(arrays, scratch)
 
     def _array(self, memory: weakref.ref[Memory], start: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -295,6 +297,7 @@ class Step:
         return held.bytes[start : start + nbytes].view(dtype).reshape(shape)
 
     def _run(self, arrays: dict[str, np.ndarray], scratch: np.ndarray) -> None:
+        self._world.under_way[self._key] -= 1
         scratch.fill(GARBAGE)
         outputs = [table["name"] for table in self._engine["outputs"]]
         inputs = {table["name"]: arrays[table["name"]] for table in self._engine["inputs"]}

@@ -159,6 +159,10 @@ MISTAKES = {
         "        self.context = None\n        for graph in self.graphs:\n            graph.close()\n        self.graphs = ()",
         "a context is released before what was captured of it",
     ),
+    "contexts go while their work is under way": Mistake(
+        CONTEXTS, "            self.stream.sync()\n", "            pass\n",
+        "a context is released while a step of it is under way",
+    ),
     "engines go before their contexts": Mistake(
         ENGINE, "                    _release_replays(self._buckets[size])", "                    pass",
         "ICudaEngine is released before what was made of it",
@@ -256,6 +260,10 @@ def drive(bundle: Path, folder: Path) -> None:
             with RMTRuntime(bundle, engine="tensorrt-rtx") as runtime:
                 fails_aloud(world, runtime, call, number)
     for seed in range(4):
+        with tensorrt_host(folder, seed=seed) as world:
+            world.fail("execute_async_v3", 2)
+            with pytest.raises(EngineError, match="execute_async_v3 was made to fail"):
+                RMTRuntime(bundle, engine="tensorrt-rtx")
         with tensorrt_host(folder, seed=seed), RMTRuntime(bundle, engine="tensorrt-rtx") as runtime:
             found = [runtime.run(document, alignment="left") for document in wanted()[0]]
             close_to([(out.memory, out.logits) for out in found], f"streams of seed {seed}")

@@ -6,6 +6,7 @@ contexts of an engine share one piece of memory for intermediate values: they ru
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -72,7 +73,9 @@ class ContextReplay:
             log.warning("steps are enqueued one by one, not replayed from a CUDA graph: %s", err)
 
     def release(self) -> None:
-        """Graphs go before the context whose work they hold."""
+        """Graphs go before the context whose work they hold, and both after what was enqueued, also where that failed."""
+        with contextlib.suppress(Exception):  # the driver's own errors share no base class across versions
+            self.stream.sync()
         for graph in self.graphs:
             graph.close()
         self.graphs = ()
