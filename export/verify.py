@@ -210,11 +210,16 @@ def memory_effect(runtime: RMTRuntime, document: np.ndarray, last: Piece | None)
 
 
 def _compare_batch(runtime: RMTRuntime, reference: Reference, batch: list[np.ndarray]) -> tuple[float, float]:
-    """The worst errors of memory and logits over every segment of every document, run together."""
-    wanted = [iter(reference(document)) for document in batch]
-    errors = [
-        _errors(piece.states, piece.logits, *next(wanted[piece.row])) for piece in runtime.stream(batch, memory=True)
-    ]
+    """The worst errors of memory and logits over every segment of every document, as many run together as the engine
+    takes."""
+    errors = []
+    for start in range(0, len(batch), runtime.max_batch):
+        together = batch[start : start + runtime.max_batch]
+        wanted = [iter(reference(document)) for document in together]
+        errors += [
+            _errors(piece.states, piece.logits, *next(wanted[piece.row]))
+            for piece in runtime.stream(together, memory=True)
+        ]
     memory, logits = np.max(errors, axis=0)
     return float(memory), float(logits)
 

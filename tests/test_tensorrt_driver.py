@@ -29,7 +29,7 @@ from tensorrt_world import StrictGpu, Violation, World, watched
 from rmt_trt import EngineError, RMTRuntime
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.export import ExportOptions, export_step_bundle
-from rmt_trt.export.verify import random_document, relative_error
+from rmt_trt.export.verify import engine_reference, random_document, relative_error, verify
 from rmt_trt.runtime.engines import tensorrt_versions
 from rmt_trt.runtime.engines.tensorrt import TensorRTEngine
 
@@ -156,6 +156,14 @@ def test_a_profile_of_any_size_runs_batches_of_any_size(batch: int, world: World
         assert runtime.max_batch == batch
         for found, wanted in zip(runtime.run(documents), cpu.run(documents), strict=True):
             check_parity([(found.memory, found.logits)], [(wanted.memory, wanted.logits)])
+        assert max(engine_of(runtime)._buckets) == batch
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_engine_for_few_documents_is_verified(batch: int, world: World, tmp_path: Path) -> None:
+    with made("bert").open() as cpu, RMTRuntime(engine_file(tmp_path, made("bert").bundle, batch=batch)) as runtime:
+        report = verify(runtime, engine_reference(cpu), segments=2)
+        report.require()
         assert max(engine_of(runtime)._buckets) == batch
 
 
