@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine_records import record_of
 from models import S, made, make_model
 from steps import left_in
 from tensorrt_builds import contents, copy_of
@@ -20,7 +22,7 @@ from rmt_trt import RMTRuntime
 from rmt_trt.bundle import Bundle
 from rmt_trt.commands import build, engine_options, export, info
 from rmt_trt.engine_check import read_record
-from rmt_trt.export.tensorrt import progress
+from rmt_trt.export.tensorrt import BuiltEngine, progress
 from rmt_trt.model.checkpoint import save_model
 
 RTX = ("--engine", "tensorrt-rtx", "--compute-capability", "8.9,120")
@@ -59,7 +61,7 @@ def test_a_checkpoint_becomes_a_bundle_with_engines_that_is_checked_and_describe
         assert f"engines/{record.file}: {record.size / 1e6:.1f} MB" in said
     for line in (
         "model.rmt: verified", "fp16, with logits, compute capability 8.9, 12.0, Linux", "fp16, without logits",
-        "batch 1 to 2, text 1 to 20", "attention: products and softmax apart in its graph (opset 20)",
+        "batch 1 to 2, text 1 to 20", "attention: made of several kernels, of products and softmax in its graph (opset 20)",
         "checked on the CPU: largest error", "2 engines added in", "compiled, and not run",
     ):  # fmt: skip
         assert line in said
@@ -146,6 +148,24 @@ def test_wrong_flags_are_one_line_before_anything_is_made(
     assert (code, said.count("\n")) == (1, 1), said
     assert message in said
     assert contents(Path()) == before
+
+
+@pytest.mark.parametrize(
+    ("whole", "apart", "joined", "said"),
+    [
+        ((), (), 12, "kept whole, in 12 kernels that the builder made of products and softmax in its graph (opset 20)"),
+        ((), (), 0, "made of several kernels, of products and softmax in its graph (opset 20): the library has no single one"),
+        ((), (), None, "attention: products and softmax in its graph (opset 20), which the builder joins where it can"),
+        (("a", "b", "c"), (), 3, "kept whole, one kernel for each of 3 nodes (a, b, ...)"),
+        (("a",), ("\x1b[2J",), 1, "kept whole, one kernel for each of a; made of several kernels where the library has no single one: ?[2J"),
+    ],
+)  # fmt: skip
+def test_attention_is_said_to_be_whole_or_not(
+    whole: tuple[str, ...], apart: tuple[str, ...], joined: int | None, said: str
+) -> None:
+    record = dataclasses.replace(record_of(), decomposable=apart)
+    lines = engine_options.engine_lines(BuiltEngine("engines/a.engine", record, 20, None, whole, joined))
+    assert said in lines[2]
 
 
 def test_every_option_of_a_build_has_its_flag() -> None:

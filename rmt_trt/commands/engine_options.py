@@ -152,19 +152,20 @@ def engine_lines(made: BuiltEngine) -> list[str]:
 
 def _attention(made: BuiltEngine) -> str:
     """How much of attention stayed whole, in words."""
-    apart = made.record.decomposable
+    apart, parts = made.record.decomposable, f"products and softmax in its graph (opset {made.opset})"
     told = []
     if made.whole:
         told.append(f"kept whole, one kernel for each of {_named(made.whole)}")
     if apart:
-        told.append(f"made of several kernels where the library has no single one, {_named(apart)}")
-    if not told:
-        told.append(
-            f"products and softmax apart in its graph (opset {made.opset}), which the builder joins where it can"
-        )
-    if made.joined is not None and not made.whole:
-        told.append("it joined none" if made.joined == 0 else f"it joined them in {made.joined} kernels")
-    return "; ".join(told)
+        told.append(f"made of several kernels where the library has no single one: {_named(apart)}")
+    if told:
+        return "; ".join(told)
+    if made.joined is None:
+        return f"{parts}, which the builder joins where it can"
+    if made.joined == 0:
+        return f"made of several kernels, of {parts}: the library has no single one for them"
+    kernels = "1 kernel" if made.joined == 1 else f"{made.joined} kernels"
+    return f"kept whole, in {kernels} that the builder made of {parts}"
 
 
 def _named(nodes: tuple[str, ...]) -> str:
