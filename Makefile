@@ -1,6 +1,7 @@
 # Everything from nothing: each target first makes the virtual environment that it needs.
 #   make demo    the whole way on the example model: export, verify, run
-#   make test    the tests; PYTEST_ARGS="tests/test_package.py -x" passes arguments on
+#   make test    the tests; PYTEST_ARGS="tests/test_package.py -x" passes arguments on, WORKERS=4 says in how many
+#                processes at once (0: in pytest's own)
 #   make check   format, lint, types, tests: what CI runs
 #   make style   format and lint alone
 #   make types   the type check alone
@@ -15,6 +16,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# One after another where there is a GPU: some tests measure what is left of its memory.
+WORKERS ?= $(if $(RMT_REQUIRE)$(wildcard /dev/nvidia[0-9]* /dev/dxg),0,2)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -33,7 +36,7 @@ demo: $(VENV)/linked
 
 # The script and not `python -m pytest`, which would put the root, with its bare folders, on the import path.
 test: $(VENV)/linked
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 check: style types test
 

@@ -48,6 +48,7 @@ EXTRAS["dev"] = [
     *EXTRAS["bench"],
     "hypothesis>=6.100",
     "pytest>=8.3",
+    "pytest-xdist>=3.8",
     "psutil>=5.9",
     "ruff>=0.9",
     "mypy>=1.14",

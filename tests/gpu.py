@@ -9,7 +9,8 @@ from typing import Any
 
 import onnxruntime
 from hardware import require_hardware
-from models import made, make_model, scratch
+from models import made, make_model
+from shared import once
 
 from rmt_trt import RMTRuntime
 from rmt_trt.export import ExportOptions, add_engine_graphs, export_model
@@ -45,21 +46,28 @@ def require_gpu() -> None:
 @functools.cache
 def cuda_bundle(name: str, dtype: str = "fp32") -> Path:
     """The bundle of a model of the catalogue with graphs for CUDA in a dtype: a copy, which nobody may change."""
-    path = scratch() / f"{name}-cuda-{dtype}.rmt"
-    shutil.copytree(made(name).bundle, path)
-    add_engine_graphs(path, "cuda", dtype)
-    return path
+    return with_graphs(made(name).bundle, f"{name}-cuda-{dtype}.rmt", dtype)
 
 
 @functools.cache
 def wide_bundle(name: str, dtype: str) -> Path:
     """The same of a wider model, so that every kernel of the CUDA provider takes it."""
-    path = scratch() / f"{name}-wide.rmt"
-    if not path.exists():
+
+    def export(path: Path) -> None:
         model = make_model(name, scale=SCALE, backbone=WIDE[name], width=WIDTH)
         export_model(LoadedModel(model, model_spec(model), None), path, ExportOptions(segments=4))
-    add_engine_graphs(path, "cuda", dtype)
-    return path
+
+    return with_graphs(once(f"{name}-wide.rmt", export), f"{name}-wide-{dtype}.rmt", dtype)
+
+
+def with_graphs(bundle: Path, name: str, dtype: str) -> Path:
+    """A copy of a bundle with graphs for CUDA."""
+
+    def add(path: Path) -> None:
+        shutil.copytree(bundle, path)
+        add_engine_graphs(path, "cuda", dtype)
+
+    return once(name, add)
 
 
 def open_cuda(bundle: Path, dtype: str, **options: Any) -> RMTRuntime:

@@ -6,21 +6,21 @@ a recurrence that loses its memory cannot pass. `test_parity.py` asserts that.
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
+import json
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from shared import once, session_folder
 
 from rmt_trt import RMTRuntime, StepSpec
 from rmt_trt.export import ExportOptions, Report, export_model
-from rmt_trt.export.verify import random_document, relative_error
+from rmt_trt.export.verify import Drift, random_document, relative_error
 from rmt_trt.model.checkpoint import LoadedModel, load_model, save_model
 from rmt_trt.model.config import ModelConfig
 from rmt_trt.model.recurrence import recurrence
@@ -29,6 +29,7 @@ from rmt_trt.model.step import RMTModel, build_model
 M, S, WIDTH, VOCAB, CLASSES, POSITIONS = 4, 20, 32, 96, 5, 40
 TOLERANCE = 1e-4
 MEMORY_EFFECT = 0.01
+EXAMPLE = Path(__file__).parent.parent / "examples/memorize/model.pt"
 LENGTHS = (1, S - 1, S, S + 1, 3 * S, 3 * S + 7, 19 * S + 3)
 
 _SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -117,20 +118,37 @@ def make_model(name: str, seed: int = 0, scale: float | None = None, **changes: 
 
 @functools.cache
 def scratch() -> Path:
-    """A folder of this session, removed when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="rmt-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    """A folder of this process alone, removed when the session ends. What several processes may read is made by `once`."""
+    return Path(tempfile.mkdtemp(dir=session_folder()))
 
 
 @functools.cache
 def made(name: str) -> Made:
     """A model of the catalogue, saved, loaded and exported: once per session, so nobody may change its files."""
-    checkpoint, bundle = scratch() / f"{name}.pt", scratch() / f"{name}.rmt"
-    save_model(checkpoint, make_model(name))
+    checkpoint = once(f"{name}.pt", lambda path: save_model(path, make_model(name)))
     loaded = load_model(checkpoint)
-    report = export_model(loaded, bundle, ExportOptions(segments=4), source=checkpoint)
-    return Made(name, loaded.model, checkpoint, bundle, report, loaded.spec)
+
+    def export(path: Path) -> None:
+        report = export_model(loaded, path, ExportOptions(segments=4), source=checkpoint)
+        once(f"{name}.json", lambda file: file.write_text(json.dumps(asdict(report)), encoding="utf-8"))
+
+    bundle = once(f"{name}.rmt", export)
+    report = json.loads(bundle.with_suffix(".json").read_text(encoding="utf-8"))
+    rows = tuple(Drift(**row) for row in report["rows"])
+    return Made(name, loaded.model, checkpoint, bundle, Report(**{**report, "rows": rows}), loaded.spec)
+
+
+@functools.cache
+def split_bundle() -> Path:
+    """GPT-2 with its weights in a file beside the graph, as a model above 2 GB has them; nobody may change it."""
+    options = ExportOptions(segments=2, external_data_bytes=1 << 10)
+    return once("split.rmt", lambda path: export_model(loaded("gpt2"), path, options))
+
+
+@functools.cache
+def example_bundle() -> Path:
+    """The bundle of the trained example; nobody may change it."""
+    return once("memorize.rmt", lambda path: export_model(load_model(EXAMPLE), path, ExportOptions(segments=4)))
 
 
 @functools.cache

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
+from models import example_bundle
 
 from rmt_trt import RMTRuntime
 from rmt_trt.benchmarks.recall import by_segments, recall
+from rmt_trt.bundle import Bundle
 from rmt_trt.calibration import recurrent_feeds
-from rmt_trt.export import ExportOptions, export_model
-from rmt_trt.model.checkpoint import load_model
 from rmt_trt.training.questions import load_questions
 
 LARGEST = 4_000_000  # bytes
@@ -21,11 +22,10 @@ QUESTIONS = 100
 
 
 @pytest.fixture(scope="module")
-def runtime(root: Path, tmp_path_factory: pytest.TempPathFactory) -> RMTRuntime:
-    bundle = tmp_path_factory.mktemp("example") / "memorize.rmt"
-    report = export_model(load_model(root / "examples/memorize/model.pt"), bundle, ExportOptions(segments=4))
-    assert report.passed
-    return RMTRuntime(bundle, max_batch=QUESTIONS)
+def runtime() -> Iterator[RMTRuntime]:
+    assert Bundle(example_bundle()).manifest.verification["passed"]
+    with RMTRuntime(example_bundle(), max_batch=8, threads=1) as opened:
+        yield opened
 
 
 def test_the_checkpoint_is_at_most_4_mb(root: Path) -> None:

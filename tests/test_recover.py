@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import loaded, made
+from models import made, split_bundle
 from spoil import alter, put
 from steps import ONE_STATE, Plain
 
@@ -237,9 +237,8 @@ def test_another_initial_state_is_another_model(bundle: Path) -> None:
 
 @pytest.fixture
 def split(tmp_path: Path) -> Path:
-    """GPT-2 with its weights in a file beside the graph."""
-    export_model(loaded("gpt2"), tmp_path / "split.rmt", ExportOptions(segments=2, external_data_bytes=1 << 10))
-    return tmp_path / "split.rmt"
+    """GPT-2 with its weights in a file beside the graph, to be spoiled."""
+    return Path(shutil.copytree(split_bundle(), tmp_path / "split.rmt"))
 
 
 def test_weights_beside_the_graph_come_back(split: Path) -> None:

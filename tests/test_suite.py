@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import made
+from models import example_bundle, made
 from typer.testing import CliRunner
 
 from rmt_trt import RMTRuntime
@@ -317,7 +317,7 @@ def test_recall_writes_one_table_of_the_same_questions_for_each_dtype(tmp_path):
 
 def test_a_file_with_too_few_questions_is_named(root, tmp_path):
     questions = root / "examples/memorize/questions.jsonl"
-    arguments = [str(EXAMPLE), str(questions), "--segments", "16", "--count", "129", "--work", str(tmp_path)]
+    arguments = [str(example_bundle()), str(questions), "--segments", "16", "--count", "129", "--work", str(tmp_path)]
     done = CliRunner().invoke(recall.app, arguments)
     assert isinstance(done.exception, ContractError)
     assert f"{questions} has 128 questions of 16 segments, not 129" in str(done.exception)
