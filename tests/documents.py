@@ -60,18 +60,31 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
-def script_of(text: str, name: str) -> str:
-    """A Python program that runs a document's blocks in order; Python blocks share one namespace, as in a session."""
-    lines = ["import subprocess", "namespace = {'__name__': '__main__'}"]
+def first_command(text: str) -> str | None:
+    """The command that a document begins with, if it begins with one."""
+    for block in blocks(text):
+        if block.not_run is None and block.language == "python":
+            return None
+        if block.not_run is None and block.language == "console" and block.commands:
+            return block.commands[0]
+    return None
+
+
+def script_of(text: str, name: str, begun: bool = False) -> str:
+    """A Python program that runs a document's blocks in order; Python blocks share one namespace, as in a session.
+
+    begun  the document's first command is left out: it has been run
+    """
+    steps: list[str] = []
     for block in blocks(text):
         if block.not_run is not None:
             continue
         if block.language == "python":
             padded = "\n" * (block.line - 1) + block.text  # so that a traceback tells the document's own line
-            lines.append(f"exec(compile({padded!r}, {name!r}, 'exec'), namespace)")
+            steps.append(f"exec(compile({padded!r}, {name!r}, 'exec'), namespace)")
         elif block.language == "console":
-            lines += [f"subprocess.run({command!r}, shell=True, check=True)" for command in block.commands]
-    return "\n".join(lines) + "\n"
+            steps += [f"subprocess.run({command!r}, shell=True, check=True)" for command in block.commands]
+    return "\n".join(["import subprocess", "namespace = {'__name__': '__main__'}", *steps[begun:]]) + "\n"
 
 
 def run_program(program: str, folder: Path, python: Path | str = sys.executable) -> subprocess.CompletedProcess[str]:
