@@ -369,16 +369,24 @@ def full_disk(*args: Any, **options: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", ["os.fsync", "os.replace", "rmt_trt.bundle.sync", "tempfile.mkdtemp"])
+@pytest.mark.parametrize(
+    ("place", "plain"),
+    [("os.fsync", True), ("os.replace", False), ("rmt_trt.bundle.sync", False), ("tempfile.mkdtemp", False)],
+)
 def test_a_full_disk_keeps_the_graphs_that_were_there(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, place: str, plain: bool
 ) -> None:
-    add_engine_graphs(bundle, "cuda", "fp16", options=FEW)
+    """Plain graphs take the place of fused ones, or fused ones that of a plain one."""
+    if plain:
+        add_engine_graphs(bundle, "cuda", "fp16", options=FEW)
+    else:
+        entry = GraphEntry("graphs/cuda-fp16-step-all.onnx", engine="cuda", dtype="fp16")
+        add_files(bundle, {entry.file: bundle / STEP}, [entry])
     before = contents(bundle)
     with monkeypatch.context() as patch:
         patch.setattr(place, full_disk)
         with pytest.raises(FormatError, match="No space left on device"):
-            add_engine_graphs(bundle, "cuda", "fp16", options=replace(FEW, plain=True))
+            add_engine_graphs(bundle, "cuda", "fp16", options=replace(FEW, plain=plain))
     assert contents(bundle) == before
     assert left_in(bundle.parent) == ["model.rmt"]
 
