@@ -75,11 +75,11 @@ MISTAKES = {
         "'new_memory' lies where 'memory' is read from",
     ),
     "no plain run before a capture": Mistake(
-        CONTEXTS, "            self.enqueue(side)\n        gpu.wait()\n", "            pass\n        gpu.wait()\n",
+        CONTEXTS, "            self.enqueue(side)\n        self.gpu.wait()\n", "            pass\n        self.gpu.wait()\n",
         "captured before it ran once",
     ),
     "no wait before a capture": Mistake(
-        CONTEXTS, "            self.enqueue(side)\n        gpu.wait()\n", "            self.enqueue(side)\n",
+        CONTEXTS, "            self.enqueue(side)\n        self.gpu.wait()\n", "            self.enqueue(side)\n",
         "captured while its first run may be under way",
     ),
     "a refused address is not seen": Mistake(
@@ -160,7 +160,7 @@ MISTAKES = {
         "a context is released before what was captured of it",
     ),
     "contexts go while their work is under way": Mistake(
-        CONTEXTS, "            self.stream.sync()\n", "            pass\n",
+        CONTEXTS, "            self.gpu.wait()\n        for graph", "            pass\n        for graph",
         "a context is released while a step of it is under way",
     ),
     "engines go before their contexts": Mistake(

@@ -38,10 +38,14 @@ class ContextReplay:
 
     library: Library
     context: Any
-    stream: Any
+    gpu: Gpu
     addresses: tuple[dict[str, int], ...] = ()
     outputs: Outputs = field(default_factory=dict)
     graphs: tuple[Any, ...] = ()
+
+    @property
+    def stream(self) -> Any:
+        return self.gpu.stream
 
     def run(self, side: int) -> None:
         if self.graphs:
@@ -55,27 +59,27 @@ class ContextReplay:
             self.library.call(f"takes no address for '{name}'", self.context.set_tensor_address, name, address)
         self.library.call("did not enqueue a step", self.context.execute_async_v3, int(self.stream.handle))
 
-    def capture(self, gpu: Gpu, refused: str | None) -> None:
+    def capture(self, refused: str | None) -> None:
         """Runs both directions once on what lies in A and B, which is nobody's, and captures them.
 
         refused  why they cannot be captured: then they are enqueued one by one
         """
         for side in (0, 1):
             self.enqueue(side)
-        gpu.wait()
+        self.gpu.wait()
         if refused is not None:
             log.info("steps are enqueued one by one, not replayed from a CUDA graph: %s", refused)
             return
         try:
-            self.graphs = tuple(gpu.captured(functools.partial(self.enqueue, side)) for side in (0, 1))
+            self.graphs = tuple(self.gpu.captured(functools.partial(self.enqueue, side)) for side in (0, 1))
         except EngineError as err:  # it runs all the same, with more work for the CPU
-            gpu.wait()
+            self.gpu.wait()
             log.warning("steps are enqueued one by one, not replayed from a CUDA graph: %s", err)
 
     def release(self) -> None:
         """Graphs go before the context whose work they hold, and both after what was enqueued, also where that failed."""
-        with contextlib.suppress(Exception):  # the driver's own errors share no base class across versions
-            self.stream.sync()
+        with contextlib.suppress(EngineError):
+            self.gpu.wait()
         for graph in self.graphs:
             graph.close()
         self.graphs = ()
@@ -137,7 +141,7 @@ class LoadedEngine:
     def replay(self, bucket: Bucket, plain: str | None = None) -> ContextReplay:
         """A context for a bucket's size, bound to its memory, run once and captured. plain: why it is not captured."""
         context = self.new_context()
-        made = ContextReplay(self._library, context, self._gpu.stream)
+        made = ContextReplay(self._library, context, self._gpu)
         del context
         try:
             self._prepare(made, bucket, plain)
@@ -175,7 +179,7 @@ class LoadedEngine:
         made.addresses = (_addresses(spec, bucket, 0, made.outputs), _addresses(spec, bucket, 1, made.outputs))
         stream = int(self._gpu.stream.handle)
         refused = plain or tensorrt_versions.not_capturable(library, self._engine, made.context, stream)
-        made.capture(self._gpu, refused)
+        made.capture(refused)
 
     def _outputs(self, made: ContextReplay, bucket: Bucket) -> Outputs:
         """Memory for the outputs beside the states, after the context was asked for the shapes of all that it gives."""
