@@ -69,15 +69,16 @@ class EngineRecord:
         """Reads what `to_json` wrote. Errors: FormatError, naming the field that is wrong, missing or unknown."""
         if not isinstance(value, Mapping) or value.get("format") != FORMAT:
             raise FormatError(f"{where} describes no engine of rmt-trt. Build the engine again with rmt-build")
-        if value.get("format_version") != FORMAT_VERSION:
+        version = value.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
             raise FormatError(
-                f"{where} has format version {value.get('format_version')!r}; this rmt-trt reads version {FORMAT_VERSION}. "
+                f"{where} has format version {version!r:.80}; this rmt-trt reads version {FORMAT_VERSION}. "
                 f"Update rmt-trt, or build the engine again"
             )
         names = {f.name for f in fields(cls)}
         if set(value) != names:
             raise FormatError(
-                f"{where} lacks {sorted(names - set(value))} and has the unknown fields {sorted(set(value) - names)}; it was "
+                f"{where} lacks {sorted(names - set(value))} and has the unknown fields {sorted(set(value) - names)!r:.200}; it was "
                 f"altered. Build the engine again"
             )
         for name, kind in _KINDS.items():

@@ -79,7 +79,7 @@ def spec_from_metadata(metadata: Mapping[str, str], where: str) -> StepSpec:
         return StepSpec.from_json(json.loads(metadata[SPEC_KEY]))
     except (ValueError, RecursionError) as err:
         raise FormatError(
-            f"{where}: the step spec in its metadata cannot be read ({err}). Export the model again"
+            f"{where}: the step spec in its metadata cannot be read ({err!s:.400}). Export the model again"
         ) from err
 
 

@@ -13,6 +13,7 @@ from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.contract import Head
 from rmt_trt.errors import FormatError
 from rmt_trt.export.engine_graphs import GRAPHS
+from rmt_trt.export.external_data import check_external_data
 from rmt_trt.export.graph_check import GraphCheck, check_graphs
 from rmt_trt.export.plain import HALVES, plain_graph
 from rmt_trt.export.recover import model_from_bundle
@@ -60,9 +61,16 @@ def check_listed(bundle: Bundle | None, engine: str, dtype: str) -> None:
 
 
 def listed_graph(bundle: Bundle, engine: str, dtype: str, head: Head) -> Graph | None:
-    """The graph that the bundle has for this use, without logits or with them; in fp32 the last resort is step.onnx."""
+    """The graph that the bundle has for this use, without logits or with them; in fp32 the last resort is step.onnx.
+
+    Errors: FormatError, when it was altered, or reads weights from a file that the bundle does not list as its own.
+    """
     entry = _listed_entry(bundle, engine, dtype, head)
-    return None if entry is None else Graph(bundle.graph_path(entry), entry, new=False)
+    if entry is None:
+        return None
+    path = bundle.graph_path(entry)
+    check_external_data(path, entry.file, entry.data)
+    return Graph(path, entry, new=False)
 
 
 def _listed_entry(bundle: Bundle, engine: str, dtype: str, head: Head) -> GraphEntry | None:

@@ -14,6 +14,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 import rmt_trt
 from rmt_trt.errors import RMTError
 
+# A stranger's file may hold a value of megabytes, and messages tell what came.
+MESSAGE_LIMIT = 4000
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -59,7 +62,9 @@ def run_command(name: str, app: typer.Typer) -> None:
 
 def _fail(name: str, message: str) -> NoReturn:
     """One line that does not steer the terminal, whatever a library or a stranger's file put into the message."""
-    print(f"{name}: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
+    line = printable(" ".join(message[: MESSAGE_LIMIT + 1].splitlines()))
+    more = len(message) - MESSAGE_LIMIT
+    print(f"{name}: {line[:MESSAGE_LIMIT]}{f' ... and {more} characters more' if more > 0 else ''}", file=sys.stderr)
     raise SystemExit(1) from None
 
 
