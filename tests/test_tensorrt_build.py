@@ -352,6 +352,7 @@ def test_the_target_is_the_gpus_that_were_named_or_those_like_the_one_that_is_he
     flavours.target(RTX, trt, config, (89, 120), BuildOptions())
     kinds = [config.get_compute_capability(index) for index in range(config.num_compute_capabilities)]
     assert kinds == [trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     for level in ("ampere_plus", "same_compute_capability"):  # TensorRT-RTX takes the attribute and forgets it
         plain = SimpleNamespace()
         flavours.target(flavours.FLAVOURS["tensorrt"], trt, plain, (89,), BuildOptions(hardware_compatible=level))

@@ -123,6 +123,8 @@ def target(flavour: Flavour, trt: Any, config: Any, wanted: tuple[int, ...], opt
         config.num_compute_capabilities = len(wanted)
         for index, value in enumerate(wanted):
             config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{value}"], index)
+        # Intermediate values lie where the runtime says, always: without that a run may not be captured as a CUDA graph.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     elif options.hardware_compatible != HARDWARE[0]:
         levels = trt.HardwareCompatibilityLevel.__members__
         config.hardware_compatibility_level = levels[options.hardware_compatible.upper()]
