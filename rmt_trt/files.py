@@ -39,6 +39,14 @@ def check_target(path: Path) -> None:
         raise cannot_write(path, err) from err
 
 
+def check_folder(path: Path, purpose: str) -> None:
+    """Says before the work that nothing can be written into a folder. Errors: FormatError."""
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FormatError(
+            f"{path} cannot be written, where {purpose}. Give yourself the right to, or copy it elsewhere"
+        )
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it is synced and renamed to `path`, else removed.

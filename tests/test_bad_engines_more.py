@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,3 +149,19 @@ def test_a_command_cuts_a_message_of_megabytes(
         run_command("rmt-x", app)
     assert ended.value.code == 1
     assert capsys.readouterr().err == f"rmt-x: {'y' * MESSAGE_LIMIT}{more}\n"
+
+
+@pytest.mark.parametrize(
+    ("locked", "said"), [("the bundle", "the engine would be added"), ("its folder", "a build keeps")]
+)
+def test_a_folder_that_cannot_be_written_is_named_before_the_build(
+    locked: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copy_of(gated(), tmp_path)
+    folder = bundle if locked == "the bundle" else bundle.parent
+    writable = os.access  # the tests may be run by a user who can write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and writable(path, mode))
+    before = contents(bundle)
+    with pytest.raises(FormatError, match=re.escape(f"{folder} cannot be written, where {said}")):
+        add_engines(bundle, dtypes=("fp32",), options=ADA, progress=lambda stage, done, total: pytest.fail(stage))
+    assert contents(bundle) == before

@@ -20,7 +20,7 @@ from rmt_trt.export.tensorrt.builder import Plan, build_plan
 from rmt_trt.export.tensorrt.flavours import Flavour
 from rmt_trt.export.tensorrt.graphs import Graph, check_listed, listed_graph, made_graph
 from rmt_trt.export.tensorrt.options import BuildOptions, heads_of
-from rmt_trt.files import cannot_write, check_target, checked_path, sha256, write_file
+from rmt_trt.files import cannot_write, check_folder, check_target, checked_path, sha256, write_file
 from rmt_trt.initial_state import to_metadata
 
 Progress = Callable[[str, int, int], None]
@@ -59,6 +59,9 @@ def check_build(engine: str, dtypes: Sequence[str], options: BuildOptions, bundl
     flavours.capabilities(flavour, flavours.library(flavour), options)
     if options.timing_cache is not None:
         check_target(options.timing_cache)
+    if bundle is not None:
+        check_folder(bundle.path, "the engine would be added")
+        check_folder(bundle.path.resolve().parent, "a build keeps its files beside the bundle until they are whole")
     return flavour
 
 
