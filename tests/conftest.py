@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import shared
 from exporter import keep_operator_table
@@ -21,6 +22,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # `python -m pytest` puts the root on the path, where `rmt_trt` is a folder without its rooms.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
+# A machine that is busy fails no test.
+hypothesis.settings.register_profile("rmt", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("rmt")
 
 # What a shell starts in the background ignores interrupts, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
