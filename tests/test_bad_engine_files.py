@@ -286,6 +286,7 @@ def test_other_engines_refuse_an_engine_by_itself_in_words_of_their_own(tmp_path
 @pytest.mark.parametrize("device", [1, 7])
 def test_a_gpu_of_an_index_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: int) -> None:
     devices = SimpleNamespace(get_all_devices=lambda: [0])
+    monkeypatch.setattr(machine, "require", lambda *asked: None)  # cuda.core need not be here
     monkeypatch.setattr(cuda, "library", lambda: SimpleNamespace(Device=devices))
     assert machine.gpu_refusal(0, "tensorrt", "it") is None
     told = machine.gpu_refusal(device, "tensorrt", "it")
