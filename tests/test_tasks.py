@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.training import words
-from rmt_trt.training.batches import make_batch
+from rmt_trt.training.tasks import words
 from rmt_trt.training.questions import Question, load_questions, make_questions, save_questions
-from rmt_trt.training.tasks import MIN_LENGTH, Draws, make_document, sentences
+from rmt_trt.training.tasks.draws import Draws
+from rmt_trt.training.tasks.synthetic import MIN_LENGTH, make_document, sentences
+from rmt_trt.training.tasks.synthetic_batches import make_batch
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "memorize"
 NAMES = np.array([words.ID[name] for name in words.NAMES])
@@ -223,7 +224,7 @@ def test_the_example_asks_at_every_promised_length():
 
 def test_documents_are_made_without_torch():
     code = (
-        "import sys; import rmt_trt.training.questions, rmt_trt.training.batches, rmt_trt.training.options; "
+        "import sys; import rmt_trt.training.questions, rmt_trt.training.tasks.synthetic_batches, rmt_trt.training.options; "
         "print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,14 +15,14 @@ from rmt_trt.commands.train import app
 from rmt_trt.errors import ContractError, EngineError, FormatError
 from rmt_trt.model.checkpoint import load_model
 from rmt_trt.model.recurrence import recurrence
-from rmt_trt.training.batches import make_batch
 from rmt_trt.training.loop import start, to_device, train, unroll
 from rmt_trt.training.options import Curriculum, TrainOptions
 from rmt_trt.training.questions import load_questions, make_questions, save_questions
 from rmt_trt.training.recall import answer, recall
 from rmt_trt.training.records import add_metrics, start_metrics
 from rmt_trt.training.resume import load_run, save_run
-from rmt_trt.training.words import PLACES
+from rmt_trt.training.tasks.synthetic_batches import make_batch
+from rmt_trt.training.tasks.words import PLACES
 
 CPU = torch.device("cpu")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "memorize"

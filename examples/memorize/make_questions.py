@@ -11,7 +11,7 @@ import sys
 from itertools import cycle
 
 from rmt_trt.training.questions import Question, save_questions
-from rmt_trt.training.tasks import TASKS, make_document
+from rmt_trt.training.tasks.synthetic import TASKS, make_document
 
 SEGMENT = 128
 # Tokens that a document lacks to fill its segments: half of the documents fill them, half begin with a short one.

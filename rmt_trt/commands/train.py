@@ -169,7 +169,7 @@ def _steps(out: Path, run: Run, screen: Console, say: Callable[[str], None]) -> 
     from rmt_trt.training.loop import train
     from rmt_trt.training.records import add_metrics, line_of
     from rmt_trt.training.resume import save_run
-    from rmt_trt.training.words import tokenizer_json
+    from rmt_trt.training.tasks.words import tokenizer_json
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     saved = time.monotonic()

@@ -18,10 +18,11 @@ from torch import nn
 from rmt_trt.errors import EngineError
 from rmt_trt.model.config import ModelConfig
 from rmt_trt.model.step import RMTModel, build_model
-from rmt_trt.training.batches import Batch, make_batch
 from rmt_trt.training.options import Curriculum, TrainOptions
-from rmt_trt.training.tasks import Draws
-from rmt_trt.training.words import CLS_ID, PAD_ID, PLACES, SEP_ID, VOCAB_SIZE
+from rmt_trt.training.tasks.draws import Draws
+from rmt_trt.training.tasks.synthetic_batches import make_batch
+from rmt_trt.training.tasks.task import Batch
+from rmt_trt.training.tasks.words import CLS_ID, PAD_ID, PLACES, SEP_ID, VOCAB_SIZE
 
 # Batches are told apart by (seed, use, number); evaluation documents are never trained on.
 TRAINING, EVALUATION, LENGTHS = 0, 1, 2

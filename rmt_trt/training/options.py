@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.training.tasks import MIN_LENGTH
+from rmt_trt.training.tasks.synthetic import MIN_LENGTH
 
 
 @dataclass(frozen=True)

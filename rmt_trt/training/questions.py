@@ -19,7 +19,7 @@ import numpy as np
 
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.files import read_bounded, write_file
-from rmt_trt.training.tasks import TASKS, Document, make_document, words_of
+from rmt_trt.training.tasks.synthetic import TASKS, Document, make_document, words_of
 
 NUMBERS = ("seed", "length", "position")
 FIELDS = {"task", *NUMBERS, "fact", "question", "answer"}

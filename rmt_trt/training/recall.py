@@ -12,7 +12,7 @@ import torch
 from rmt_trt.contract import PAD
 from rmt_trt.model.step import RMTModel
 from rmt_trt.training.questions import Question
-from rmt_trt.training.words import PLACES
+from rmt_trt.training.tasks.words import PLACES
 
 CHUNK = 64  # segments handed to the device at a time: 64 KB a document
 

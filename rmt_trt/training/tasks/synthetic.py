@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmt_trt.errors import ContractError
-from rmt_trt.training.words import CLASSES, FIRST, FULL_STOP, ID, PLACES, SIZE, TEMPLATES, WORDS, encode, text_of
+from rmt_trt.training.tasks.draws import Draws
+from rmt_trt.training.tasks.task import DOCUMENTS, in_pieces
+from rmt_trt.training.tasks.words import CLASSES, FIRST, FULL_STOP, ID, PLACES, SIZE, TEMPLATES, WORDS, encode, text_of
 
 TASKS = ("memorize", "detect")
 LONGEST_FACT = 7
@@ -24,9 +26,6 @@ MIN_LENGTH = LONGEST_FACT + QUESTION_LENGTH
 MAX_LENGTH = 1 << 40
 BLOCK = 2048  # sentences drawn at a time: some 150 KB, and large enough that numpy's calls cost nothing
 
-# Streams of random numbers are told apart by their first number: no document shares one with a training batch.
-DOCUMENTS, BATCHES = 0, 1
-
 # Each cell of a template is a run of ids: (first, size); size 1 is a fixed word, size 0 no word.
 _CELLS = [
     [(FIRST[w[1:-1]], SIZE[w[1:-1]]) if w.startswith("{") else (ID[w], 1) for w in template.split()]
@@ -34,23 +33,6 @@ _CELLS = [
 ]
 _WIDTH = max(len(cells) for cells in _CELLS)
 _TABLE = np.array([cells + [(0, 0)] * (_WIDTH - len(cells)) for cells in _CELLS], dtype=np.uint64)
-
-
-class Draws:
-    """A stream of uniform random numbers, the same in every version of numpy.
-
-    PCG64 and its seeding are frozen by numpy, the methods of `Generator` are not: hence whole numbers are made
-    here from the raw bits.
-    """
-
-    def __init__(self, *seed: int) -> None:
-        self._bits = np.random.PCG64(np.random.SeedSequence(seed))
-
-    def below(self, bound: int | np.ndarray, count: int) -> np.ndarray:
-        """`count` numbers uint64, 0 <= number < bound; bound below 2**32, one for all or one for each."""
-        raw = self._bits.random_raw((count + 1) // 2).view(np.uint32)[:count]
-        numbers: np.ndarray = (raw.astype(np.uint64) * np.asarray(bound, dtype=np.uint64)) >> np.uint64(32)
-        return numbers
 
 
 def sentences(draws: Draws, count: int) -> np.ndarray:
@@ -94,6 +76,16 @@ class Document:
     fact: Fact
 
     @property
+    def positions(self) -> tuple[int, ...]:
+        """The token at which the fact begins."""
+        return (self.position,)
+
+    @property
+    def label(self) -> int:
+        """The class of the answer."""
+        return self.fact.answer
+
+    @property
     def answer(self) -> str:
         """The place, one of the six."""
         return PLACES[self.fact.answer]
@@ -105,18 +97,7 @@ class Document:
         """
         if min(size, size if first is None else first) < 1:
             raise ContractError(f"pieces of {size} tokens, the first of {first}, were asked for; expected at least 1")
-        wanted = size if first is None else first
-        held: list[np.ndarray] = []
-        count = 0
-        for part in self._parts():
-            held.append(part)
-            count += len(part)
-            while count >= wanted:
-                whole = np.concatenate(held)
-                yield whole[:wanted]
-                held, count, wanted = [whole[wanted:]], count - wanted, size
-        if count:
-            yield np.concatenate(held)
+        yield from in_pieces(self._parts(), size, first)
 
     def tokens(self) -> np.ndarray:
         """All ids (length,) int64: eight bytes a token."""
@@ -154,7 +135,7 @@ def make_document(task: str, length: int, seed: int, position: int | None = None
     fact = fact_of(name, mover, bool(back), place)
     last = length - len(fact.fact) - len(fact.question)
     if position is None:
-        position = 0 if task == "memorize" else _below_any(draws, last + 1)
+        position = 0 if task == "memorize" else draws.below_any(last + 1)
     if not 0 <= position <= (0 if task == "memorize" else last):
         allowed = "0" if task == "memorize" else f"0 to {last}"
         raise ContractError(f"position is {position}; in a {task} document of {length} tokens it can be {allowed}")
@@ -174,9 +155,3 @@ def _noise(draws: Draws, count: int) -> Iterator[np.ndarray]:
         if count == 0:
             block[-1] = FULL_STOP
         yield block
-
-
-def _below_any(draws: Draws, bound: int) -> int:
-    """One number below a bound of up to 2**62, made of two."""
-    high, low = (int(n) for n in draws.below(1 << 31, 2))
-    return ((high << 31 | low) * bound) >> 62

@@ -6,13 +6,13 @@ batches that it would have seen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from rmt_trt.contract import PAD
-from rmt_trt.training.tasks import BATCHES, LONGEST_FACT, MIN_LENGTH, QUESTION_LENGTH, Draws, fact_of, sentences
-from rmt_trt.training.words import FULL_STOP, SIZE, UNK_ID
+from rmt_trt.training.tasks.draws import Draws
+from rmt_trt.training.tasks.synthetic import LONGEST_FACT, MIN_LENGTH, QUESTION_LENGTH, fact_of, sentences
+from rmt_trt.training.tasks.task import BATCHES, Batch
+from rmt_trt.training.tasks.words import FULL_STOP, SIZE, UNK_ID
 
 # Shares of the rows, out of 16. The memorize task is half of all; a quarter of the documents fill their segments.
 # A quarter is cut with the short segment last, so that a model serves streams of unknown length too, and a quarter
@@ -31,14 +31,6 @@ _FACT_IDS = np.array([fact.fact + (PAD,) * (LONGEST_FACT - len(fact.fact)) for f
 _FACT_LENGTH = (_FACT_IDS != PAD).sum(axis=1)
 _QUESTION_IDS = np.array([fact.question for fact in _FACTS], dtype=np.int64)
 _ANSWER = np.array([fact.answer for fact in _FACTS], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """segments (n, b, s) int64, -1 where a segment is short; answers (b,) int64, the class."""
-
-    segments: np.ndarray
-    answers: np.ndarray
 
 
 def make_batch(rows: int, segments: int, segment_length: int, *seed: int) -> Batch:
