@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.training.tasks import words
 from rmt_trt.training.questions import Question, load_questions, make_questions, save_questions
+from rmt_trt.training.tasks import words
 from rmt_trt.training.tasks.draws import Draws
 from rmt_trt.training.tasks.synthetic import MIN_LENGTH, make_document, sentences
 from rmt_trt.training.tasks.synthetic_batches import make_batch
