@@ -81,6 +81,16 @@ class Document:
         return (self.position,)
 
     @property
+    def fact_spans(self) -> tuple[tuple[int, int], ...]:
+        """The fact's tokens, (start, stop)."""
+        return ((self.position, self.position + len(self.fact.fact)),)
+
+    @property
+    def question_span(self) -> tuple[int, int]:
+        """The question's tokens, (start, stop)."""
+        return (self.length - len(self.fact.question), self.length)
+
+    @property
     def label(self) -> int:
         """The class of the answer."""
         return self.fact.answer

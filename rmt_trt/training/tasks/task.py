@@ -44,6 +44,16 @@ class Document(Protocol):
         ...
 
     @property
+    def fact_spans(self) -> tuple[tuple[int, int], ...]:
+        """The tokens of each fact, (start, stop) as in a slice, in the order of `positions`."""
+        ...
+
+    @property
+    def question_span(self) -> tuple[int, int]:
+        """The tokens of the question, (start, stop); it stops where the document does."""
+        ...
+
+    @property
     def label(self) -> int:
         """The class that is the right answer, an index into the task's `labels`."""
         ...
