@@ -283,6 +283,11 @@ class RMTRuntime:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
     @property
+    def tokenizer(self) -> str | None:
+        """The text of the model's tokenizer.json, or None where it came without one."""
+        return self._tokenizer_json
+
+    @property
     def initial(self) -> tuple[np.ndarray, ...]:
         """The states that a document begins with, in the spec's order, each (*shape); copies."""
         return tuple(value.copy() for value in self._initial)
