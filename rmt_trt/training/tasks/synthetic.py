@@ -105,8 +105,6 @@ class Document:
 
         Each piece but the last has `size` tokens; the first may be given another size, as a short segment has.
         """
-        if min(size, size if first is None else first) < 1:
-            raise ContractError(f"pieces of {size} tokens, the first of {first}, were asked for; expected at least 1")
         yield from in_pieces(self._parts(), size, first)
 
     def tokens(self) -> np.ndarray:

@@ -6,19 +6,20 @@ batches that it would have seen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from rmt_trt.contract import PAD
+from rmt_trt.training.tasks.cutting import SIXTEENTHS, below, cut, lengths_of, share, short_last
 from rmt_trt.training.tasks.draws import Draws
-from rmt_trt.training.tasks.synthetic import LONGEST_FACT, MIN_LENGTH, QUESTION_LENGTH, fact_of, sentences
+from rmt_trt.training.tasks.synthetic import LONGEST_FACT, MIN_LENGTH, QUESTION_LENGTH, TASKS, fact_of, sentences
 from rmt_trt.training.tasks.task import BATCHES, Batch
 from rmt_trt.training.tasks.words import FULL_STOP, SIZE, UNK_ID
 
-# Shares of the rows, out of 16. The memorize task is half of all; a quarter of the documents fill their segments.
-# A quarter is cut with the short segment last, so that a model serves streams of unknown length too, and a quarter
-# has words that the vocabulary lacks, as a user's own text will.
-SIXTEENTHS = 16
-MEMORIZE, FULL, SHORT_LAST, UNKNOWN = 8, 4, 4, 4
+# Shares of the rows, out of 16. The memorize task is half of all where both are mixed; a quarter has words that the
+# vocabulary lacks, as a user's own text will.
+MEMORIZE, UNKNOWN = 8, 4
 
 _FACTS = [
     fact_of(name, mover, bool(back), place)
@@ -33,23 +34,19 @@ _QUESTION_IDS = np.array([fact.question for fact in _FACTS], dtype=np.int64)
 _ANSWER = np.array([fact.answer for fact in _FACTS], dtype=np.int64)
 
 
-def make_batch(rows: int, segments: int, segment_length: int, *seed: int) -> Batch:
-    """`rows` documents of `segments` segments each, tasks, lengths and places of the fact mixed."""
+def make_batch(rows: int, segments: int, segment_length: int, *seed: int, tasks: Sequence[str] = TASKS) -> Batch:
+    """`rows` documents of `segments` segments each, tasks, lengths and places of the fact mixed. Errors: ContractError."""
     draws = Draws(BATCHES, *seed)
-    capacity = segments * segment_length
-    least = max(MIN_LENGTH, capacity - segment_length + 1)
-    length = least + _below(draws, capacity - least + 1, rows)
-    length[_share(draws, FULL, rows)] = capacity
-    which = _below(draws, len(_FACTS), rows)
+    length = lengths_of(draws, rows, segments, segment_length, MIN_LENGTH)
+    which = below(draws, len(_FACTS), rows)
     last = length - _FACT_LENGTH[which] - QUESTION_LENGTH
-    position = _below(draws, last + 1, rows)
-    position[_share(draws, MEMORIZE, rows)] = 0
+    position = below(draws, last + 1, rows)
+    memorize = (MEMORIZE if "detect" in tasks else SIXTEENTHS) if "memorize" in tasks else 0
+    position[share(draws, memorize, rows)] = 0
 
-    text = _noise_rows(draws, rows, capacity)
+    text = _noise_rows(draws, rows, segments * segment_length)
     _write(text, which, position, length)
-    short_last = _share(draws, SHORT_LAST, rows)
-    cut = _cut(text, length, segment_length, short_last)
-    return Batch(cut.reshape(rows, segments, segment_length).transpose(1, 0, 2), _ANSWER[which])
+    return Batch(cut(text, length, segment_length, short_last(draws, rows)), _ANSWER[which])
 
 
 def _noise_rows(draws: Draws, rows: int, width: int) -> np.ndarray:
@@ -59,8 +56,8 @@ def _noise_rows(draws: Draws, rows: int, width: int) -> np.ndarray:
     while len(noise) < need:
         noise = np.concatenate([noise, sentences(draws, need // 32 + 8)])
     noise = noise[:need].reshape(rows, width)
-    rate = np.where(_share(draws, UNKNOWN, rows), _below(draws, 1 << 15, rows), 0)
-    unknown = _below(draws, 1 << 16, need).reshape(rows, width) < rate[:, None]
+    rate = np.where(share(draws, UNKNOWN, rows), below(draws, 1 << 15, rows), 0)
+    unknown = below(draws, 1 << 16, need).reshape(rows, width) < rate[:, None]
     return np.where(unknown, UNK_ID, noise)
 
 
@@ -77,24 +74,3 @@ def _write(text: np.ndarray, which: np.ndarray, position: np.ndarray, length: np
         text[row[used], position[used] + column] = ids[used]
     for column in range(QUESTION_LENGTH):
         text[row, question + column] = _QUESTION_IDS[which, column]
-
-
-def _cut(text: np.ndarray, length: np.ndarray, segment_length: int, short_last: np.ndarray) -> np.ndarray:
-    """Rows (b, n * s) -> the same with the short segment first, or last where `short_last`, padded with -1."""
-    capacity = text.shape[1]
-    place = np.arange(capacity)[None, :]
-    length = length[:, None]
-    missing = capacity - length
-    source_first = np.where(place < segment_length - missing, place, place - missing)
-    padding_first = (place >= segment_length - missing) & (place < segment_length)
-    source = np.where(short_last[:, None], place, source_first)
-    padding = np.where(short_last[:, None], place >= length, padding_first)
-    return np.where(padding, PAD, np.take_along_axis(text, source, axis=1))
-
-
-def _below(draws: Draws, bound: int | np.ndarray, count: int) -> np.ndarray:
-    return draws.below(bound, count).astype(np.int64)
-
-
-def _share(draws: Draws, sixteenths: int, rows: int) -> np.ndarray:
-    return _below(draws, SIXTEENTHS, rows) < sixteenths

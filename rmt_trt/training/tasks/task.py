@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rmt_trt.errors import ContractError
+
 NAMES = ("memorize", "detect", "reasoning")
 
 # Streams of random numbers are told apart by their first number: no document shares one with a training batch.
@@ -109,16 +111,24 @@ class Task(Protocol):
 
 
 def in_pieces(parts: Iterator[np.ndarray], size: int, first: int | None = None) -> Iterator[np.ndarray]:
-    """Ids that come in parts of any size -> pieces of `size`, the first one of `first`, the last one what is left."""
+    """Ids that come in parts of any size -> pieces of `size`, the first one of `first`, the last one what is left.
+
+    Errors: ContractError, for pieces of no tokens.
+    """
     wanted = size if first is None else first
+    if min(size, wanted) < 1:
+        raise ContractError(f"pieces of {size} tokens, the first of {first}, were asked for; expected at least 1")
     held: list[np.ndarray] = []
     count = 0
     for part in parts:
         held.append(part)
         count += len(part)
+        if count < wanted:
+            continue
+        whole, start = np.concatenate(held), 0
         while count >= wanted:
-            whole = np.concatenate(held)
-            yield whole[:wanted]
-            held, count, wanted = [whole[wanted:]], count - wanted, size
+            yield whole[start : start + wanted]
+            start, count, wanted = start + wanted, count - wanted, size
+        held = [whole[start:]]
     if count:
         yield np.concatenate(held)

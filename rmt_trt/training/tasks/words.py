@@ -7,7 +7,7 @@ stands in two classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -62,6 +62,10 @@ FIRST = {name: ID[words[0]] for name, words in CLASSES.items()}
 SIZE = {name: len(words) for name, words in CLASSES.items()}
 
 NAMES, PLACES = CLASSES["name"], CLASSES["place"]
+
+# What reasoning needs besides, behind all others: so the ids of the older tasks stay what they are.
+REASONING_WORDS: tuple[str, ...] = (*WORDS, "north", "south", "east", "west", "furthest", "room", "which")
+REASONING_ID = {word: index for index, word in enumerate(REASONING_WORDS)}
 FULL_STOP = ID["."]
 
 # Noise. The verbs of the facts occur in it, names and places do not: a model that remembers for thousands of segments
@@ -89,7 +93,7 @@ def encode(words: str) -> list[int]:
     return [ID[word] for word in words.split()]
 
 
-def tokenizer_json() -> str:
+def tokenizer_json(ids: Mapping[str, int] = ID) -> str:
     """tokenizer.json (the tokenizers library's format): words and marks, lower case, no special tokens added."""
     special = [
         {
@@ -112,14 +116,14 @@ def tokenizer_json() -> str:
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": None,
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": ID, "unk_token": "[UNK]"},
+        "model": {"type": "WordLevel", "vocab": dict(ids), "unk_token": "[UNK]"},
     }
     return json.dumps(value)
 
 
-_INNER = np.array([word if word in CLASSES["mark"] else f" {word}" for word in WORDS], dtype=object)
+_INNER = np.array([word if word in CLASSES["mark"] else f" {word}" for word in REASONING_WORDS], dtype=object)
 _FIRST = np.array(
-    [word if word in CLASSES["mark"] else f" {word[:1].upper()}{word[1:]}" for word in WORDS], dtype=object
+    [word if word in CLASSES["mark"] else f" {word[:1].upper()}{word[1:]}" for word in REASONING_WORDS], dtype=object
 )
 _INNER[[ID[name] for name in NAMES]] = _FIRST[[ID[name] for name in NAMES]]
 

@@ -1,0 +1,102 @@
+"""The tasks in natural language: facts in the style of bAbI, hidden in a text of the user's (arXiv 2304.11062, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from rmt_trt.errors import ContractError
+from rmt_trt.training.tasks.background import Background
+from rmt_trt.training.tasks.documents import StoryDocument, Told, check_length, make_story_batch, make_story_document
+from rmt_trt.training.tasks.draws import Draws
+from rmt_trt.training.tasks.facts import PLACES, Story, stories
+from rmt_trt.training.tasks.running_text import RunningText
+from rmt_trt.training.tasks.task import BATCHES, Batch
+
+
+class TextTask:
+    """One task or several in turn over a background; see the protocol `Task`."""
+
+    labels = PLACES
+
+    def __init__(self, kinds: Sequence[str], background: Background) -> None:
+        """Errors: ContractError, for an unknown kind or a tokenizer that cannot tell the facts apart."""
+        self.kinds = tuple(kinds)
+        self.background = background
+        self._stories = tell({kind: stories(kind) for kind in self.kinds}, background.words)
+
+    @property
+    def name(self) -> str:
+        """The kinds, with commas."""
+        return ",".join(self.kinds)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        return self.background.words.vocab_size
+
+    @property
+    def tokenizer(self) -> str:
+        """tokenizer.json's text."""
+        return self.background.words.json
+
+    @cached_property
+    def min_length(self) -> int:
+        """Tokens of facts and question without noise, of the longest story."""
+        return max(story.length for told in self._stories.values() for story in told)
+
+    @cached_property
+    def answer_ids(self) -> tuple[int, ...]:
+        """The first token of each place as it stands in running text. Errors: ContractError, where two share it."""
+        ids = tuple(one[0] for one in self.background.words.encode(PLACES))
+        if len(set(ids)) < len(ids):
+            raise ContractError(
+                f"the tokenizer begins two of the answers with the same token: {dict(zip(PLACES, ids, strict=True))}; "
+                "a language model cannot answer with one token. Use another tokenizer, or a classifier"
+            )
+        return ids
+
+    def document(self, length: int, seed: int, place: float | None = None) -> StoryDocument:
+        """A document of exactly `length` tokens; see `Task.document`. Errors: ContractError."""
+        check_length(length, self.min_length)
+        return make_story_document(self.kinds, self._stories, self.background, length, seed, place)
+
+    def batch(self, rows: int, segments: int, segment_length: int, *seed: int) -> Batch:
+        """`rows` documents of `segments` segments each. Errors: ContractError, where the facts find no room."""
+        draws = Draws(BATCHES, *seed)
+        return make_story_batch(self.kinds, self._stories, self.background, rows, segments, segment_length, draws)
+
+    def describe(self, length: int | None = None) -> dict[str, Any]:
+        """Plain values for reports; `repeats` is how often a document of `length` tokens repeats the background."""
+        text = self.background
+        value: dict[str, Any] = {
+            "task": self.name,
+            "text": text.name,
+            "sha256": text.sha256,
+            "part": list(text.part),
+            "sentences": text.sentences,
+            "tokens": text.tokens,
+        }
+        if length is not None:
+            value |= {"length": length, "repeats": length / text.tokens}
+        return value
+
+
+def tell(of_kind: dict[str, tuple[Story, ...]], words: RunningText) -> dict[str, tuple[Told, ...]]:
+    """Stories as ids. Errors: ContractError, where the ids do not say what the words do."""
+    every = [story for told in of_kind.values() for story in told]
+    sentences = sorted({sentence for story in every for sentence in (*story.facts, story.question)})
+    ids = dict(zip(sentences, (tuple(one) for one in words.encode(sentences)), strict=True))
+    if len(set(ids.values())) < len(ids) or not words.special.isdisjoint(i for one in ids.values() for i in one):
+        known = {}
+        for sentence, one in ids.items():
+            if (other := known.setdefault(one, sentence)) != sentence:
+                raise ContractError(
+                    f"the tokenizer gives {other!r} and {sentence!r} the same ids; use one that knows their words"
+                )
+        raise ContractError("the tokenizer makes special tokens of the facts; use another one")
+    return {
+        kind: tuple(Told(tuple(ids[fact] for fact in story.facts), ids[story.question], story.label) for story in told)
+        for kind, told in of_kind.items()
+    }
