@@ -85,6 +85,9 @@ def train(
     stages: Annotated[
         str, typer.Option(help="Largest number of segments of each stage.", rich_help_panel=CURRICULUM_PANEL)
     ] = "1,2,3,4,5,7,12",
+    mixed: Annotated[
+        bool, typer.Option(help="Shorter documents in every other batch too.", rich_help_panel=CURRICULUM_PANEL)
+    ] = True,
     threshold: Annotated[
         float, typer.Option(help="Accuracy that passes a stage, 0 to 1.", rich_help_panel=CURRICULUM_PANEL)
     ] = 0.99,

@@ -132,10 +132,10 @@ def train(run: Run) -> Iterator[Report | None]:
 
 
 def _training_batch(run: Run, step: int, most: int) -> Batch:
-    """The documents of a step: every other batch has the stage's own number of segments, the rest any up to it."""
+    """The documents of a step: of mixed lengths, every other batch has the stage's own, the rest any up to it."""
     options = run.options
     whole, any_number = (int(n) for n in Draws(options.seed, LENGTHS, step).below(np.array([2, most]), 2))
-    segments = most if whole else 1 + any_number
+    segments = most if whole or not options.mixed else 1 + any_number
     length = run.model.config.segment_length
     return run.task.batch(options.batch, segments, length, options.seed, TRAINING, step)
 

@@ -33,6 +33,7 @@ class TrainOptions:
     lora_alpha    its scale is alpha / rank
     dropout       of a pretrained backbone
     stages        the curriculum: the largest number of segments of each stage, rising
+    mixed         every other batch has any number of segments up to the stage's; otherwise all have the stage's
     threshold     share of right answers at a stage's largest number of segments that passes the stage
     patience      evaluations in a row that must reach the threshold
     steps         optimizer steps in all; those left after the last stage is passed go on with it
@@ -62,6 +63,7 @@ class TrainOptions:
     lora_alpha: float = 32.0
     dropout: float = 0.0
     stages: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 12)
+    mixed: bool = True
     threshold: float = 0.99
     patience: int = 2
     steps: int = 800
@@ -88,7 +90,12 @@ class TrainOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
                 raise ContractError(f"{name} is {value!r}; expected a number from {least:g} to {most:g}")
-        for name, allowed in (("form", FORMS), ("dtype", PRECISIONS), ("checkpointing", (True, False))):
+        for name, allowed in (
+            ("form", FORMS),
+            ("dtype", PRECISIONS),
+            ("checkpointing", (True, False)),
+            ("mixed", (True, False)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ContractError(f"{name} is {getattr(self, name)!r}; expected one of {allowed}")
         if not all(isinstance(getattr(self, name), str) for name in ("task", "text", "backbone", "tokenizer")):

@@ -7,6 +7,7 @@ which is memory-mapped. So the text is never in memory as a whole, and the disk 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import re
 import tempfile
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class Background:
         if len(borders) < 2:
             what = f"the part {start}:{stop} of {path}" if (start, stop) != (0, 1) else str(path)
             raise FormatError(f"{what} holds no sentence; take a larger part or another text")
-        return cls(path.name, digest, (start, stop), words, ids, borders)
+        return cls(path.name, digest, (float(start), float(stop)), words, ids, borders)
 
     @property
     def sentences(self) -> int:
@@ -176,37 +177,58 @@ def _sentence_end(text: str, start: int) -> int:
 def _tokenised(sentences: Iterator[str], words: RunningText, path: Path) -> tuple[np.ndarray, np.ndarray]:
     special = np.array(sorted(words.special), np.int32)
     wanted = (sentence for sentence in sentences if sentence)
-    total = count = 0
-    with tempfile.TemporaryFile() as ids_file, tempfile.TemporaryFile() as borders_file:
-        borders_file.write(np.zeros(1, np.int64).tobytes())
+    with _Kept(path, np.int32) as ids_kept, _Kept(path, np.int64) as borders_kept:
+        borders_kept.add(np.zeros(1, np.int64))
         while some := list(islice(wanted, TOGETHER)):
             encoded = words.encode(some)
             ids = np.fromiter(chain.from_iterable(encoded), np.int32)
-            if len(special) and np.isin(ids, special).any():
+            if np.isin(ids, special).any():
                 raise _special_error(some, encoded, words, path)
             lengths = [min(LONGEST, len(one) - i) for one in encoded for i in range(0, len(one), LONGEST)]
-            borders = total + np.cumsum(np.array(lengths, np.int64))
-            total, count = total + len(ids), count + len(borders)
-            try:
-                ids_file.write(ids.tobytes())
-                borders_file.write(borders.tobytes())
-            except OSError as err:
-                raise FormatError(
-                    f"the tokens of {path} cannot be kept in {tempfile.gettempdir()}: {err.strerror}. Set TMPDIR to a folder with room"
-                ) from err
-        if count > MOST_SENTENCES:
+            borders_kept.add(ids_kept.count + np.cumsum(np.array(lengths, np.int64)))
+            ids_kept.add(ids)
+        if borders_kept.count > MOST_SENTENCES:
+            raise FormatError(f"{path} holds more than {MOST_SENTENCES} sentences; take a part of it")
+        return ids_kept.mapped(), borders_kept.mapped()
+
+
+class _Kept:
+    """An array that grows in a temporary file without a name, and can be mapped in the end."""
+
+    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
+        self.count = 0
+        self._path, self._dtype = path, dtype
+        with self._said():
+            self._file = tempfile.TemporaryFile()
+
+    def __enter__(self) -> _Kept:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # what could not be written was said already
+            self._file.close()
+
+    def add(self, values: np.ndarray) -> None:
+        with self._said():
+            self._file.write(values.astype(self._dtype).tobytes())
+            self._file.flush()
+        self.count += len(values)
+
+    def mapped(self) -> np.ndarray:
+        """All values, read only; they stay when the file is closed."""
+        if not self.count:
+            return np.zeros(0, self._dtype)
+        with self._said():
+            return np.asarray(np.memmap(self._file, self._dtype, "r", shape=(self.count,)))
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
             raise FormatError(
-                f"{path} holds {count} sentences; at most {MOST_SENTENCES} can be drawn from. Take a part"
-            )
-        return _mapped(ids_file, np.int32, total), _mapped(borders_file, np.int64, count + 1)
-
-
-def _mapped(file: IO[bytes], dtype: type[np.generic], count: int) -> np.ndarray:
-    file.flush()
-    if not count:
-        return np.zeros(0, dtype)
-    mapped: np.memmap[Any, Any] = np.memmap(file, dtype, "r", shape=(count,))  # type: ignore[call-overload]
-    return np.asarray(mapped)
+                f"the tokens of {self._path} cannot be kept in a temporary file: {err.strerror}. Set TMPDIR to a folder with room"
+            ) from err
 
 
 def _special_error(sentences: list[str], encoded: list[list[int]], words: RunningText, path: Path) -> FormatError:

@@ -1,4 +1,4 @@
-"""Documents of a story in noise, whatever the words: streamed at constant memory, and training batches of them.
+"""Documents of a story in noise, whatever the words: streamed at constant memory.
 
 A story is a fact or two, a question and the class that answers it, as token ids. The noise is a source of random
 sentences. Numpy only.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
 from rmt_trt.errors import ContractError
-from rmt_trt.training.tasks.cutting import below, cut, lengths_of, short_last
 from rmt_trt.training.tasks.draws import Draws
-from rmt_trt.training.tasks.task import DOCUMENTS, Batch, in_pieces
+from rmt_trt.training.tasks.task import DOCUMENTS, in_pieces
 
 MAX_LENGTH = 1 << 40
 MAX_SEED = (1 << 63) - 1
@@ -116,28 +116,42 @@ class StoryDocument:
             yield block
 
 
-def make_story_document(
-    kinds: Sequence[str],
-    stories: Mapping[str, Sequence[Told]],
-    noise: Noise,
-    length: int,
-    seed: int,
-    place: float | None = None,
-) -> StoryDocument:
-    """A document of exactly `length` tokens, of the kinds in turn by seed; see `Task.document`. Errors: ContractError."""
-    kind = kind_of(kinds, seed)
-    check_place(kind, place)
-    draws = Draws(DOCUMENTS, seed, length, 0)
-    story = stories[kind][int(draws.below(len(stories[kind]), 1)[0])]
-    check_length(length, story.length)
-    room = length - story.length
-    if kind == "memorize":
-        gaps = [0]
-    elif place is not None:
-        gaps = [round(place * room)] * len(story.facts)
-    else:
-        gaps = sorted(draws.below_any(room + 1) for _ in story.facts)
-    return StoryDocument(kind, seed, length, positions_of(story, gaps), story, noise)
+@dataclass(frozen=True)
+class Source:
+    """What documents are made of: the stories of each kind, whose turn comes in this order, and noise."""
+
+    stories: Mapping[str, Sequence[Told]]
+    noise: Noise
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds in the order of their turns."""
+        return tuple(self.stories)
+
+    @cached_property
+    def min_length(self) -> int:
+        """Tokens of facts and question without noise, of the longest story."""
+        return max(story.length for told in self.stories.values() for story in told)
+
+    def document(self, length: int, seed: int, place: float | None = None) -> StoryDocument:
+        """A document of exactly `length` tokens; see `Task.document`. Errors: ContractError."""
+        kind = kind_of(self.kinds, seed)
+        check_place(kind, place)
+        if not self.min_length <= length <= MAX_LENGTH:
+            raise ContractError(
+                f"length is {length} tokens; facts and question take {self.min_length}, and at most it can be {MAX_LENGTH}"
+            )
+        draws = Draws(DOCUMENTS, seed, length, 0)
+        told = self.stories[kind]
+        story = told[int(draws.below(len(told), 1)[0])]
+        room = length - story.length
+        if kind == "memorize":
+            gaps = [0]
+        elif place is not None:
+            gaps = [round(place * room)] * len(story.facts)
+        else:
+            gaps = sorted(draws.below_any(room + 1) for _ in story.facts)
+        return StoryDocument(kind, seed, length, positions_of(story, gaps), story, self.noise)
 
 
 def kind_of(kinds: Sequence[str], seed: int) -> str:
@@ -157,12 +171,6 @@ def check_place(kind: str, place: float | None) -> None:
         raise ContractError(f"place is {place}; in a memorize document the fact stands at the very start, 0")
 
 
-def check_length(length: int, least: int) -> None:
-    """Errors: ContractError, for a length that no document can have."""
-    if not least <= length <= MAX_LENGTH:
-        raise ContractError(f"length is {length} tokens; facts and question take {least} to {MAX_LENGTH}")
-
-
 def positions_of(story: Told, gaps: Sequence[int]) -> tuple[int, ...]:
     """Tokens of noise before each fact, in rising order -> the token at which each begins."""
     before = 0
@@ -171,63 +179,3 @@ def positions_of(story: Told, gaps: Sequence[int]) -> tuple[int, ...]:
         positions.append(gap + before)
         before += len(fact)
     return tuple(positions)
-
-
-def make_story_batch(
-    kinds: Sequence[str],
-    stories: Mapping[str, Sequence[Told]],
-    noise: Noise,
-    rows: int,
-    segments: int,
-    segment_length: int,
-    draws: Draws,
-) -> Batch:
-    """`rows` such documents of `segments` segments each, kinds, lengths and places mixed."""
-    least = max(story.length for kind in kinds for story in stories[kind])
-    length = lengths_of(draws, rows, segments, segment_length, least)
-    chosen = [kinds[int(kind)] for kind in below(draws, len(kinds), rows)]
-    which = below(draws, np.array([len(stories[kind]) for kind in chosen]), rows)
-    told = [stories[kind][int(one)] for kind, one in zip(chosen, which, strict=True)]
-    room = length - np.array([story.length for story in told])
-    places = np.sort(below(draws, np.repeat(room + 1, 2), 2 * rows).reshape(rows, 2), axis=1)
-    places[[kind == "memorize" for kind in chosen]] = 0
-    last = short_last(draws, rows)
-
-    text = np.zeros((rows, segments * segment_length), np.int64)
-    feed = _Feed(noise, draws, int(room.sum()))
-    for row, story in enumerate(told):
-        _write(text[row], story, places[row].tolist(), int(length[row]), feed)
-    return Batch(cut(text, length, segment_length, last), np.array([story.label for story in told], np.int64))
-
-
-def _write(text: np.ndarray, story: Told, gaps: list[int], length: int, feed: _Feed) -> None:
-    at = 0
-    question = length - len(story.question)
-    for position, fact in zip(positions_of(story, gaps[: len(story.facts)]), story.facts, strict=True):
-        feed.fill(text[at:position])
-        at = position + len(fact)
-        text[position:at] = fact
-    feed.fill(text[at:question])
-    text[question:length] = story.question
-
-
-class _Feed:
-    """Noise for many small gaps out of one large draw; each gap begins with a sentence."""
-
-    def __init__(self, noise: Noise, draws: Draws, tokens: int) -> None:
-        self._noise, self._draws, self._at = noise, draws, 0
-        self._ids, self._ends = noise.draw_sentences(draws, int(1.05 * tokens / noise.sentence_length) + 64)
-
-    def fill(self, gap: np.ndarray) -> None:
-        """Writes noise into the gap (n,); it ends with a full stop."""
-        if not len(gap):
-            return
-        while self._at + len(gap) > len(self._ids):
-            more, ends = self._noise.draw_sentences(self._draws, int(len(gap) / self._noise.sentence_length) + 64)
-            self._ids, self._ends = (
-                np.concatenate([self._ids, more]),
-                np.concatenate([self._ends, ends + len(self._ids)]),
-            )
-        gap[:] = self._ids[self._at : self._at + len(gap)]
-        gap[-1] = self._noise.full_stop
-        self._at = int(self._ends[np.searchsorted(self._ends, self._at + len(gap))])

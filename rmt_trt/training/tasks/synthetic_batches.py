@@ -21,24 +21,24 @@ from rmt_trt.training.tasks.words import FULL_STOP, SIZE, UNK_ID
 # vocabulary lacks, as a user's own text will.
 MEMORIZE, UNKNOWN = 8, 4
 
-_FACTS = [
+FACTS = [
     fact_of(name, mover, bool(back), place)
     for name in range(SIZE["name"])
     for mover in range(SIZE["mover"])
     for back in range(2)
     for place in range(SIZE["place"])
 ]
-_FACT_IDS = np.array([fact.fact + (PAD,) * (LONGEST_FACT - len(fact.fact)) for fact in _FACTS], dtype=np.int64)
+_FACT_IDS = np.array([fact.fact + (PAD,) * (LONGEST_FACT - len(fact.fact)) for fact in FACTS], dtype=np.int64)
 _FACT_LENGTH = (_FACT_IDS != PAD).sum(axis=1)
-_QUESTION_IDS = np.array([fact.question for fact in _FACTS], dtype=np.int64)
-_ANSWER = np.array([fact.answer for fact in _FACTS], dtype=np.int64)
+_QUESTION_IDS = np.array([fact.question for fact in FACTS], dtype=np.int64)
+_ANSWER = np.array([fact.answer for fact in FACTS], dtype=np.int64)
 
 
 def make_batch(rows: int, segments: int, segment_length: int, *seed: int, tasks: Sequence[str] = TASKS) -> Batch:
     """`rows` documents of `segments` segments each, tasks, lengths and places of the fact mixed. Errors: ContractError."""
     draws = Draws(BATCHES, *seed)
     length = lengths_of(draws, rows, segments, segment_length, MIN_LENGTH)
-    which = below(draws, len(_FACTS), rows)
+    which = below(draws, len(FACTS), rows)
     last = length - _FACT_LENGTH[which] - QUESTION_LENGTH
     position = below(draws, last + 1, rows)
     memorize = (MEMORIZE if "detect" in tasks else SIXTEENTHS) if "memorize" in tasks else 0

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from rmt_trt.training.tasks.documents import Told, check_place, kind_of, make_story_batch, make_story_document
+from rmt_trt.training.tasks.documents import Source, Told, check_place, kind_of
 from rmt_trt.training.tasks.draws import Draws
 from rmt_trt.training.tasks.facts import stories
+from rmt_trt.training.tasks.story_batches import make_story_batch
 from rmt_trt.training.tasks.synthetic import QUESTION_LENGTH, TASKS, make_document, sentences
-from rmt_trt.training.tasks.synthetic_batches import make_batch
-from rmt_trt.training.tasks.task import BATCHES, Batch, Document
+from rmt_trt.training.tasks.synthetic_batches import FACTS, make_batch
+from rmt_trt.training.tasks.task import Batch, Document
 from rmt_trt.training.tasks.words import FULL_STOP, ID, PLACES, REASONING_ID, TEMPLATES, text_of, tokenizer_json
 
 
@@ -46,8 +47,7 @@ class SyntheticTask:
         """Errors: ContractError, for an unknown kind."""
         self.kinds = tuple(kinds)
         self._words = ID if set(self.kinds) <= set(TASKS) else REASONING_ID
-        self._stories = {kind: tuple(_told(kind)) for kind in self.kinds}
-        self._noise = SyntheticNoise()
+        self._source = Source({kind: _told(kind) for kind in self.kinds}, SyntheticNoise())
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class SyntheticTask:
     @property
     def min_length(self) -> int:
         """Tokens of facts and question without noise, of the longest story."""
-        return max(story.length for told in self._stories.values() for story in told)
+        return self._source.min_length
 
     @property
     def answer_ids(self) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ class SyntheticTask:
         """A document of exactly `length` tokens; see `Task.document`. Errors: ContractError."""
         kind = kind_of(self.kinds, seed)
         if kind not in TASKS:
-            return make_story_document(self.kinds, self._stories, self._noise, length, seed, place)
+            return self._source.document(length, seed, place)
         check_place(kind, place)
         document = make_document(kind, length, seed)
         if place is None:
@@ -90,8 +90,7 @@ class SyntheticTask:
         """`rows` documents of `segments` segments each. Errors: ContractError, where the facts find no room."""
         if self._words is ID:
             return make_batch(rows, segments, segment_length, *seed, tasks=self.kinds)
-        draws = Draws(BATCHES, *seed)
-        return make_story_batch(self.kinds, self._stories, self._noise, rows, segments, segment_length, draws)
+        return make_story_batch(self._source, rows, segments, segment_length, *seed)
 
     def describe(self, length: int | None = None) -> dict[str, Any]:
         """Plain values for reports. Synthetic noise is drawn word by word and never repeats as a whole."""
@@ -99,10 +98,12 @@ class SyntheticTask:
         return value if length is None else {**value, "length": length}
 
 
-def _told(kind: str) -> Iterator[Told]:
-    def ids(sentence: str) -> tuple[int, ...]:
-        words = sentence.lower().replace(".", " .").replace("?", " ?").split()
-        return tuple(REASONING_ID[word] for word in words)
+def _told(kind: str) -> tuple[Told, ...]:
+    if kind in TASKS:
+        return tuple(Told((fact.fact,), fact.question, fact.answer) for fact in FACTS)
+    return tuple(Told(tuple(_ids(fact) for fact in one.facts), _ids(one.question), one.label) for one in stories(kind))
 
-    for story in stories(kind):
-        yield Told(tuple(ids(fact) for fact in story.facts), ids(story.question), story.label)
+
+def _ids(sentence: str) -> tuple[int, ...]:
+    words = sentence.lower().replace(".", " .").replace("?", " ?").split()
+    return tuple(REASONING_ID[word] for word in words)

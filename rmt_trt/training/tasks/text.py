@@ -8,11 +8,11 @@ from typing import Any
 
 from rmt_trt.errors import ContractError
 from rmt_trt.training.tasks.background import Background
-from rmt_trt.training.tasks.documents import StoryDocument, Told, check_length, make_story_batch, make_story_document
-from rmt_trt.training.tasks.draws import Draws
+from rmt_trt.training.tasks.documents import Source, StoryDocument, Told
 from rmt_trt.training.tasks.facts import PLACES, Story, stories
 from rmt_trt.training.tasks.running_text import RunningText
-from rmt_trt.training.tasks.task import BATCHES, Batch
+from rmt_trt.training.tasks.story_batches import make_story_batch
+from rmt_trt.training.tasks.task import Batch
 
 
 class TextTask:
@@ -24,7 +24,7 @@ class TextTask:
         """Errors: ContractError, for an unknown kind or a tokenizer that cannot tell the facts apart."""
         self.kinds = tuple(kinds)
         self.background = background
-        self._stories = tell({kind: stories(kind) for kind in self.kinds}, background.words)
+        self._source = Source(tell({kind: stories(kind) for kind in self.kinds}, background.words), background)
 
     @property
     def name(self) -> str:
@@ -41,10 +41,10 @@ class TextTask:
         """tokenizer.json's text."""
         return self.background.words.json
 
-    @cached_property
+    @property
     def min_length(self) -> int:
         """Tokens of facts and question without noise, of the longest story."""
-        return max(story.length for told in self._stories.values() for story in told)
+        return self._source.min_length
 
     @cached_property
     def answer_ids(self) -> tuple[int, ...]:
@@ -59,13 +59,11 @@ class TextTask:
 
     def document(self, length: int, seed: int, place: float | None = None) -> StoryDocument:
         """A document of exactly `length` tokens; see `Task.document`. Errors: ContractError."""
-        check_length(length, self.min_length)
-        return make_story_document(self.kinds, self._stories, self.background, length, seed, place)
+        return self._source.document(length, seed, place)
 
     def batch(self, rows: int, segments: int, segment_length: int, *seed: int) -> Batch:
         """`rows` documents of `segments` segments each. Errors: ContractError, where the facts find no room."""
-        draws = Draws(BATCHES, *seed)
-        return make_story_batch(self.kinds, self._stories, self.background, rows, segments, segment_length, draws)
+        return make_story_batch(self._source, rows, segments, segment_length, *seed)
 
     def describe(self, length: int | None = None) -> dict[str, Any]:
         """Plain values for reports; `repeats` is how often a document of `length` tokens repeats the background."""
@@ -84,19 +82,19 @@ class TextTask:
 
 
 def tell(of_kind: dict[str, tuple[Story, ...]], words: RunningText) -> dict[str, tuple[Told, ...]]:
-    """Stories as ids. Errors: ContractError, where the ids do not say what the words do."""
-    every = [story for told in of_kind.values() for story in told]
+    """Stories as ids. Errors: ContractError, where the ids of two stories are the same and their answers are not."""
+    every = [story for kind in of_kind.values() for story in kind]
     sentences = sorted({sentence for story in every for sentence in (*story.facts, story.question)})
     ids = dict(zip(sentences, (tuple(one) for one in words.encode(sentences)), strict=True))
-    if len(set(ids.values())) < len(ids) or not words.special.isdisjoint(i for one in ids.values() for i in one):
-        known = {}
-        for sentence, one in ids.items():
-            if (other := known.setdefault(one, sentence)) != sentence:
+    seen: dict[tuple[object, ...], Story] = {}
+    told: dict[str, tuple[Told, ...]] = {}
+    for kind, some in of_kind.items():
+        told[kind] = tuple(Told(tuple(ids[f] for f in story.facts), ids[story.question], story.label) for story in some)
+        for story, one in zip(some, told[kind], strict=True):
+            other = seen.setdefault((one.facts, one.question), story)
+            if other.label != story.label:
                 raise ContractError(
-                    f"the tokenizer gives {other!r} and {sentence!r} the same ids; use one that knows their words"
+                    f"the tokenizer gives {' '.join(other.facts)!r} and {' '.join(story.facts)!r} the same ids, and their "
+                    "answers differ; use one that knows these words"
                 )
-        raise ContractError("the tokenizer makes special tokens of the facts; use another one")
-    return {
-        kind: tuple(Told(tuple(ids[fact] for fact in story.facts), ids[story.question], story.label) for story in told)
-        for kind, told in of_kind.items()
-    }
+    return told
