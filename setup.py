@@ -15,6 +15,7 @@ ROOMS = {
     "rmt_trt.model": "rmt_trt/model",
     "rmt_trt.training": "rmt_trt/training",
     "rmt_trt.training.tasks": "rmt_trt/training/tasks",
+    "rmt_trt.evaluation": "rmt_trt/evaluation",
     "rmt_trt.commands": "rmt_trt/commands",
     "rmt_trt.export": "export",
     "rmt_trt.export.fused": "export/fused",
