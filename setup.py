@@ -16,6 +16,7 @@ ROOMS = {
     "rmt_trt.training": "rmt_trt/training",
     "rmt_trt.training.tasks": "rmt_trt/training/tasks",
     "rmt_trt.evaluation": "rmt_trt/evaluation",
+    "rmt_trt.analysis": "rmt_trt/analysis",
     "rmt_trt.commands": "rmt_trt/commands",
     "rmt_trt.export": "export",
     "rmt_trt.export.fused": "export/fused",
