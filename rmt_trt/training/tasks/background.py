@@ -125,16 +125,16 @@ class Background:
 
 
 def _border(file: IO[bytes], share: float, size: int) -> int:
-    """The byte at which the first sentence behind this share of the file begins, within the next chunk."""
+    """The byte at which the sentence that goes on at this share of the file ends."""
     place = int(share * size)
     if place in (0, size):
         return place
     file.seek(place)
-    window = file.read(CHUNK)
+    window = file.read(4 * LONGEST_TEXT + 4)
     inside = len(window) - len(window.lstrip(bytes(range(0x80, 0xC0))))  # the rest of a character
     text = window[inside:].decode("utf-8", "ignore")
-    border = _BORDER.search(text)
-    return place + inside + (len(text[: border.end()].encode()) if border else 0)
+    end = _sentence_end(text, 0)
+    return place + inside + len(text[:end].encode()) if end else size
 
 
 def _texts(file: IO[bytes], path: Path, begin: int, end: int) -> Iterator[str]:
@@ -199,7 +199,7 @@ class _Kept:
         self.count = 0
         self._path, self._dtype = path, dtype
         with self._said():
-            self._file = tempfile.TemporaryFile()
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
 
     def __enter__(self) -> _Kept:
         return self
@@ -232,10 +232,13 @@ class _Kept:
 
 
 def _special_error(sentences: list[str], encoded: list[list[int]], words: RunningText, path: Path) -> FormatError:
-    for sentence, ids in zip(sentences, encoded, strict=True):
-        for token in words.special.intersection(ids):
-            return FormatError(
-                f"{path} holds the tokenizer's special token {words.name_of(token)!r} in {sentence[:80]!r}; "
-                "take it out, models read it as a border"
-            )
-    raise AssertionError("unreachable")
+    found = (
+        (sentence, token)
+        for sentence, ids in zip(sentences, encoded, strict=True)
+        for token in words.special.intersection(ids)
+    )
+    sentence, token = next(found)
+    return FormatError(
+        f"{path} holds the tokenizer's special token {words.name_of(token)!r} in {sentence[:80]!r}; take it out, models "
+        "read it as a border"
+    )

@@ -60,7 +60,10 @@ class RunningText:
         return str(self._tokenizer.id_to_token(token))
 
     def _raw(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        except Exception as err:
+            raise FormatError(f"the tokenizer fails on a text ({err}); expected one that reads any") from err
 
     def _special(self, value: dict[str, Any]) -> frozenset[int]:
         model = value.get("model") or {}
