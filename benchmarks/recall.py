@@ -28,6 +28,8 @@ from rmt_trt.bundle import Bundle
 from rmt_trt.commands.app import console, new_app, run_command
 from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError
+from rmt_trt.evaluation.cases import length_of
+from rmt_trt.evaluation.measure import read_many
 from rmt_trt.runtime import RMTRuntime
 from rmt_trt.runtime.segments import cut
 from rmt_trt.training.questions import Question, load_questions
@@ -52,20 +54,16 @@ def by_segments(model: RMTRuntime | Bundle, questions: list[Question]) -> dict[i
 def fresh(spec: StepSpec, segments: int, count: int) -> list[Question]:
     """`count` questions over documents of so many segments, the two tasks in turn; half of them fill their segments, the
     others lack some tokens of one. The same arguments give the same questions."""
-    size = spec.segment_length
-    room = size - (MIN_LENGTH if segments == 1 else 1)
     found = []
     for i in range(count):
-        missing = 0 if i % 4 < 2 else (1 + 37 * i) % (room + 1)
-        document = make_document(TASKS[i % 2], segments * size - missing, FIRST_SEED + SEEDS * segments + i)
-        found.append(Question(document))
+        length = length_of(i, segments, spec.segment_length, MIN_LENGTH)
+        found.append(Question(make_document(TASKS[i % 2], length, FIRST_SEED + SEEDS * segments + i)))
     return found
 
 
 def recall(runtime: RMTRuntime, questions: Sequence[Question], slots: int | None = None) -> int:
     """How many of the questions the runtime answers right; `slots` of them are read together."""
-    documents = [question.pieces() for question in questions]
-    answers = runtime.run_many(documents, slots=slots, length=[question.length for question in questions])
+    answers = read_many(runtime, [question.document for question in questions], slots)
     return sum(out.label == questions[index].answer for index, out in answers)
 
 

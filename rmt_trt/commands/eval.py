@@ -80,7 +80,7 @@ def evaluate(
     wanted = tuple(dict.fromkeys(names(task)))
     places = None if positions is None else whole_numbers("--positions", positions)
     cases = all_cases(wanted, whole_numbers("--segments", segments), places, whole_numbers("--samples", samples))
-    share = _part(part, text)
+    share = parse_part(part, text)
     prepare_folder(out, resume)
     with RMTRuntime(paths[0], engine, dtype, device, threads, slots) as runtime:
         tasks = _tasks(wanted, text, share, runtime, cases, seed)
@@ -229,7 +229,7 @@ def _plot(paths: list[Path], out: Path) -> None:
     console().print(", ".join(f"{out}/{name}" for name in made))
 
 
-def _part(value: str | None, text: Path | None) -> tuple[float, float]:
+def parse_part(value: str | None, text: Path | None) -> tuple[float, float]:
     """(start, stop) of `0.9:1.0`. Errors: ContractError."""
     if value is None:
         return 0.0, 1.0

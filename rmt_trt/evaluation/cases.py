@@ -13,7 +13,7 @@ from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError
 from rmt_trt.runtime.segments import cut
 from rmt_trt.training.tasks.draws import Draws
-from rmt_trt.training.tasks.task import Document, Task
+from rmt_trt.training.tasks.task import NAMES, Document, Task
 
 MAX_SAMPLES = 600_000  # seeds of a case; a multiple of any number of kinds that take turns by seed
 EVALUATION = 2  # the stream out of which the seeds are drawn: see training/tasks/task.py
@@ -49,8 +49,12 @@ def all_cases(
 ) -> list[Case]:
     """Each task at each length and position, shortest first. samples: one for all lengths, or one for each.
 
-    Errors: ContractError, for numbers that say nothing sensible.
+    Errors: ContractError, for names and numbers that say nothing sensible.
     """
+    unknown = [name for name in tasks if name not in NAMES]
+    if unknown or not tasks:
+        came = repr(unknown[0]) if unknown else "empty"
+        raise ContractError(f"--task is {came}; expected {', '.join(NAMES)}, or several of them with commas")
     if not segments or min(segments) < 1 or len(set(segments)) < len(segments):
         raise ContractError(f"--segments is {_listed(segments)}; expected numbers of at least 1, each once")
     if not samples or not 1 <= min(samples) <= max(samples) <= MAX_SAMPLES:

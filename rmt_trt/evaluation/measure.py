@@ -12,7 +12,8 @@ from rmt_trt.evaluation.fit import answer_of
 from rmt_trt.evaluation.meters import TENTH, Marks, Meters
 from rmt_trt.evaluation.rows import Results, Row
 from rmt_trt.runtime import RMTRuntime
-from rmt_trt.training.tasks.task import Task
+from rmt_trt.runtime.many import Many
+from rmt_trt.training.tasks.task import Document, Task
 
 LEFT_OUT = "left out: budget"
 PIECE = 1 << 15  # tokens that are made at a time: 256 KB of each open document
@@ -71,8 +72,7 @@ def measure(bench: Bench, case: Case, seconds: float, view: View) -> Row:
     """A case's row. Errors: OutOfTime, once it can be seen that it takes more than `seconds`; those of the runtime."""
     runtime, task = bench.runtime, bench.tasks[case.task]
     asked = documents(task, case, runtime.spec, bench.seed)
-    lengths = [document.length for document in asked]
-    total = sum(lengths)
+    total = sum(document.length for document in asked)
     view.begin(case, total)
     marks, started = Marks(bench.meters, total), time.perf_counter()
 
@@ -83,10 +83,10 @@ def measure(bench: Bench, case: Case, seconds: float, view: View) -> Row:
         if tokens >= TENTH * total and passed * total > seconds * tokens:
             raise OutOfTime
 
-    pieces = [document.pieces(PIECE) for document in asked]
-    many = runtime.run_many(pieces, slots=bench.slots, length=lengths, on_progress=progress)
+    many = read_many(runtime, asked, bench.slots, progress)
     given = {index: answer_of(runtime.spec, task, out.logits) for index, out in many}
     passed = time.perf_counter() - started
+    longest = max(document.length for document in asked)
     wrong = tuple(index for index, document in enumerate(asked) if given[index] != document.label)
     return Row(
         case.task,
@@ -95,15 +95,27 @@ def measure(bench: Bench, case: Case, seconds: float, view: View) -> Row:
         count=len(asked),
         right=len(asked) - len(wrong),
         tokens=total,
-        longest=max(lengths),
+        longest=longest,
         seconds=passed,
         slots=min(bench.slots, len(asked)),
         steps=many.steps,
         idle_share=many.idle_share,
         wrong=wrong,
         memory=marks.end(),
-        text=_of_this_length(task, max(lengths)),
+        text=_of_this_length(task, longest),
     )
+
+
+def read_many(
+    runtime: RMTRuntime,
+    asked: Sequence[Document],
+    slots: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Many:
+    """Documents through the runtime, `slots` of them together, each in pieces that are made as it is read."""
+    pieces = [document.pieces(PIECE) for document in asked]
+    lengths = [document.length for document in asked]
+    return runtime.run_many(pieces, slots=slots, length=lengths, on_progress=progress)
 
 
 def summary(case: Case, row: Row) -> str:
