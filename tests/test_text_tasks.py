@@ -29,11 +29,11 @@ from tokenizers import Tokenizer
 
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.training.tasks import open_task, words
-from rmt_trt.training.tasks.draws import Draws
 from rmt_trt.training.tasks.facts import stories
 from rmt_trt.training.tasks.synthetic import make_document
 from rmt_trt.training.tasks.synthetic_batches import make_batch
 from rmt_trt.training.tasks.task import NAMES
+from rmt_trt.training.tasks.text import TextTask
 
 ALL = ",".join(NAMES)
 TASKS = {
@@ -153,21 +153,47 @@ def test_random_places_of_both_facts_are_independent(task):
     assert np.abs(positions.std(axis=0) - 0.236).max() < 0.04
 
 
-def test_the_noise_is_the_background_in_whole_sentences(task):
-    source = task._source.noise
-    ids, ends = source.draw_sentences(Draws(1), 5000)
-    known = {tuple(one) for one in np.split(ids, ends[:-1])}
+@pytest.fixture(scope="module", params=["text", "bytes"])
+def known(request):
+    """A task over the excerpt and the sentences of its background."""
+    text = TASKS[request.param].background
+    return TASKS[request.param], {tuple(one) for one in np.split(text.ids, text.borders[1:-1])}
+
+
+def _in_whole_sentences(gap, known):
+    """How many tokens of the gap are whole sentences, one behind the other from its start on."""
+    at = 0
+    while match := next((n for n in range(1, 130) if tuple(gap[at : at + n]) in known), 0):
+        at += match
+    return at
+
+
+def test_the_noise_of_a_document_is_the_background_in_whole_sentences(known):
+    task, sentences = known
     document = task.document(4000, 3 * 7 + 1, 0.5)
     (start, stop), (asked, _) = document.fact_spans[0], document.question_span
-    tokens = document.tokens().tolist()
+    tokens = document.tokens()
     for gap in (tokens[:start], tokens[stop:asked]):
-        assert gap[-1] == source.full_stop
-        at = 0
-        if task is not TASKS["synthetic"]:  # whose sentences are too many to be known
-            while match := next((n for n in range(1, 130) if tuple(gap[at : at + n]) in known), 0):
-                at += match
-            assert len(gap) - at < 130  # the last sentence is cut short
-            assert at > 1500
+        assert gap[-1] == task.background.full_stop
+        assert 0 <= len(gap) - _in_whole_sentences(gap, sentences) < 130  # the last one is cut short
+        assert len(gap) > 1900
+
+
+def test_the_noise_of_a_batch_is_the_background_in_whole_sentences(known):
+    task, sentences = known
+    batch = TextTask(("memorize",), task.background).batch(20, 2, 500, 3)
+    for row in batch.segments.transpose(1, 0, 2):
+        ids = row[row >= 0]
+        borders = np.flatnonzero(ids == task.background.full_stop)
+        gap = ids[borders[0] + 1 : borders[-1] + 1]  # from the end of the fact to the question
+        assert 0 <= len(gap) - _in_whole_sentences(gap, sentences) < 130
+
+
+def test_every_document_and_every_row_has_noise_of_its_own(task):
+    ends = {tuple(task.document(500, seed, 0.0).tokens()[-300:-100]) for seed in range(30)}
+    assert len(ends) == 30
+    batch = task.batch(30, 2, 200, 1)
+    assert len({tuple(row[1][:100]) for row in batch.segments.transpose(1, 0, 2)}) == 30
 
 
 def test_a_document_of_any_length_begins_at_once(task):
