@@ -78,7 +78,8 @@ def of_tokens(
     count = tokens.shape[0] if tokens.ndim == 2 else 1
     longest = _segments(runtime.spec, max(1, tokens.shape[-1]))
     _check(runtime, count, count * min(longest, segments or longest))
-    stream = runtime.stream(tokens, logits="none", memory=True, max_segments=segments, overflow="head")
+    limit: dict[str, Any] = {} if segments is None else {"max_segments": segments, "overflow": "head"}
+    stream = runtime.stream(tokens, logits="none", memory=True, **limit)
     found = follow(stream, runtime.initial[0], on_segment)
     facts = [{"tokens": one.stops[-1], "segments": len(one.figures)} for one in found]
     return Measured(found, [Marks()] * len(found), facts)

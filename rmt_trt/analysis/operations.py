@@ -37,4 +37,4 @@ def draw_operations(
 def words_of(task: Task, ids: tuple[int, ...]) -> list[str]:
     """Each token as text, by the task's tokenizer. Errors: EngineError without the library `tokenizers`."""
     tokenizer = require("tokenizers", "analyze", "the words of attention maps").Tokenizer.from_str(task.tokenizer)
-    return [tokenizer.id_to_token(number) or str(number) for number in ids]
+    return [tokenizer.decode([number], skip_special_tokens=False).strip() or str(number) for number in ids]

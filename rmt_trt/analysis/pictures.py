@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DPI = 100
 FRAME = "#00a6d6"
 MOST_HEADS = 16  # up to which each share is written into its cell
+NARROWEST = 0.02  # of a norm: the least range of its axis
 MOST_TICKS = 400  # facts that are marked one by one; of more, evenly chosen ones
 COLOURS = {"fact": "#d95f02", "question": "#1b9e77", "noise": "#999999", "special": "#444444", "memory": "#7570b3"}
 
@@ -72,15 +73,18 @@ def draw_trajectories(path: Path, trajectories: Sequence[Trajectory], marks: Seq
         axes.set_xscale("log", base=2)
         axes.set_xlim(1 / 1.15, longest * 1.15)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.tick_params(labelsize=8)
+        axes.tick_params(which="both", labelsize=8)
         axes.grid(True, alpha=0.25)
         if curves[0][0] == "change":
             axes.set_yscale("log")
+        elif curves[0][0] == "norm":
+            _widen(axes)
     for axes in grid[1]:
         axes.set_xlabel("segments read (log scale)", fontsize=8)
     spread = f"median and quartiles of {len(trajectories)} documents" if len(trajectories) > 1 else "one document"
     facts = "; orange ticks: segments with a fact" if any(mark.facts for mark in marks) else ""
-    figure.suptitle(f"{title}: {spread}{facts}", fontsize=10)
+    plain = title.replace("$", r"\$")  # what stands between two of them would be set as a formula
+    figure.suptitle(f"{plain}: {spread}{facts}", fontsize=10)
     _save(figure, path)
 
 
@@ -93,6 +97,13 @@ def _band(axes: Any, curves: Sequence[np.ndarray], longest: int, colour: str, la
     axes.plot(numbers, median, color=colour, label=label, linewidth=1.2, marker="." if longest < 40 else "")
     if len(curves) > 1:
         axes.fill_between(numbers, low, high, color=colour, alpha=0.25, linewidth=0)
+
+
+def _widen(axes: Any) -> None:
+    """A norm that hardly moves is shown as one that hardly moves."""
+    low, high = axes.get_ylim()
+    margin = max(0.0, NARROWEST * abs(high) - (high - low)) / 2
+    axes.set_ylim(low - margin, high + margin)
 
 
 def _facts(axes: Any, marks: Sequence[Marks]) -> None:

@@ -127,16 +127,18 @@ def _attention(attention: Mapping[str, Any]) -> list[str]:
         "## Attention", "",
         f"{attention['documents']} documents of {attention['segments']} segments, from the PyTorch recurrence. Share: of the "
         f"rows' attention what goes to the columns, in the layer and head where its mean over the maps is largest, with the "
-        f"lowest and highest of the maps. Even: what it would be if each row attended evenly to all that it sees. The map "
+        f"lowest, middle and highest of the maps. Even: what it would be if each row attended evenly to all that it sees. The map "
         f"that is drawn is the middle one by its share.", "",
-        "| | rows | columns | layer, head | share | lowest, highest | median of all heads | even | maps |",
+        "| | rows | columns | layer, head | mean share | lowest, middle, highest | middle of all heads | even | maps |",
         "|---|---|---|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for one in found:
-        median = float(np.median(one["share_by_layer_and_head"]))
+        each = one["share_of_each_map"]
+        spread = ", ".join(f"{value:.1%}" for value in (min(each), float(np.median(each)), max(each)))
+        heads = float(np.median(one["share_by_layer_and_head"]))
         lines.append(
             f"| {one['name']} | {', '.join(one['rows'])} | {', '.join(one['columns'])} | {one['layer']}, {one['head']} | "
-            f"{one['share']:.1%} | {min(one['share_of_each_map']):.1%}, {max(one['share_of_each_map']):.1%} | {median:.1%} | {one['even_attention']:.1%} | {one['maps']} |"
+            f"{one['share']:.1%} | {spread} | {heads:.1%} | {one['even_attention']:.1%} | {one['maps']} |"
         )
     lines.append("")
     for one in found:

@@ -155,12 +155,14 @@ def _module(path: Path, reference: Path | None) -> RMTModel:
 
     source = open_source(path)
     if source.kind == "checkpoint":
+        if reference is not None:
+            raise ContractError(f"--model goes with a bundle; {path} is a checkpoint, from which the maps are drawn")
         return source.model  # type: ignore[no-any-return]
     without = "--attention 0 leaves the maps out"
-    for library in ("torch", "transformers", "onnx"):
-        require(library, "export", f"attention maps come from the PyTorch recurrence ({without}), which")
     if source.bundle is None:
-        raise FormatError(f"{path} is not a bundle's folder, so that no model for attention maps is found; {without}")
+        raise FormatError(f"{path} is no bundle's folder, in which the model of the attention maps would be; {without}")
+    for library in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
+        require(library, "export", f"the attention maps ({without}) come from the PyTorch recurrence, which")
     from rmt_trt.commands.reference import bundle_model
 
     try:
