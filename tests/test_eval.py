@@ -9,9 +9,11 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from rmt_trt.benchmarks.driver import NullEngine
 from rmt_trt.bundle import MANIFEST
 from rmt_trt.commands import eval as command_file
 from rmt_trt.contract import Answer
+from rmt_trt.evaluation import meters
 from rmt_trt.evaluation.cases import Case, all_cases, documents, length_of, seed_of
 from rmt_trt.evaluation.fit import answer_of, check_fit
 from rmt_trt.evaluation.interval import wilson
@@ -33,6 +36,7 @@ from rmt_trt.evaluation.meters import Memory, Meters
 from rmt_trt.evaluation.plots import BY_POSITION, BY_SEGMENTS, draw
 from rmt_trt.evaluation.report import markdown
 from rmt_trt.evaluation.rows import FORMAT, RESULTS, Results, Row, open_results, read_results
+from rmt_trt.runtime import machine
 from rmt_trt.training.tasks import open_task
 from rmt_trt.training.tasks.words import PLACES
 
@@ -64,8 +68,8 @@ def runtime() -> Iterator[RMTRuntime]:
         yield opened
 
 
-def bench(runtime: RMTRuntime, *tasks: str, meters: Meters | None = None) -> Bench:
-    return Bench(runtime, {name: open_task(name) for name in tasks}, meters or Meters(None), 8, 0)
+def bench(runtime: RMTRuntime, *tasks: str, meter: Meters | None = None) -> Bench:
+    return Bench(runtime, {name: open_task(name) for name in tasks}, meter or Meters(None), 8, 0)
 
 
 # The interval.
@@ -165,10 +169,13 @@ def test_documents_that_a_segment_does_not_hold_are_refused(runtime):
 # The count.
 
 
+@pytest.mark.parametrize("kind", ["classifier", "lm"])
 @pytest.mark.parametrize("answer", range(len(PLACES)))
-def test_a_model_that_always_answers_the_same_is_right_where_that_is_the_answer(runtime, answer):
-    runtime._engine = Constant(runtime.spec, answer)
+def test_a_model_that_always_answers_the_same_is_right_where_that_is_the_answer(runtime, answer, kind):
     this, case = bench(runtime, "detect"), Case("detect", 3, None, 60)
+    if kind == "lm":
+        runtime.spec = runtime.spec.with_(logits="lm", num_logits=runtime.spec.vocab_size, id2label=())
+    runtime._engine = Constant(runtime.spec, this.tasks["detect"].answer_ids[answer] if kind == "lm" else answer)
     labels = [document.label for document in documents(this.tasks["detect"], case, runtime.spec, 0)]
     row = measure(this, case, float("inf"), silent())
     assert (row.right, row.count) == (labels.count(answer), 60)
@@ -229,10 +236,26 @@ def test_memory_is_read_at_the_start_after_a_tenth_and_at_the_end(runtime):
             return Memory(self.count, 10 * self.count)
 
     runtime._engine = NullEngine(runtime.spec)
-    row = measure(bench(runtime, "detect", meters=Counting()), Case("detect", 300, None, 2), float("inf"), silent())
+    row = measure(bench(runtime, "detect", meter=Counting()), Case("detect", 300, None, 2), float("inf"), silent())
     wanted = {mark: {"host": n, "device": 10 * n} for n, mark in enumerate(("start", "tenth", "end"), 1)}
     assert row.memory == wanted
-    assert Meters(None).read().host > 1 << 20
+    assert "| 3.0 | 10.0 | 20.0 | 30.0 |" in markdown(head_of(), [replace(row, memory=scaled(wanted, 10**6))])
+
+
+def scaled(memory: dict[str, dict[str, int]], factor: int) -> dict[str, dict[str, int]]:
+    return {mark: {kind: factor * count for kind, count in found.items()} for mark, found in memory.items()}
+
+
+def test_memory_is_this_process_and_the_whole_gpu_where_there_is_one(monkeypatch):
+    driver = SimpleNamespace(cuMemGetInfo=lambda: (0, 3 << 30, 8 << 30))
+    monkeypatch.setattr(machine, "current", lambda device: nullcontext())
+    monkeypatch.setattr(meters.importlib, "import_module", lambda name: {"cuda.bindings.driver": driver}[name])
+    found = Meters(0).read()
+    assert found.device == 5 << 30
+    assert found.host is None or found.host > 1 << 20
+    driver.cuMemGetInfo = lambda: (201, 0, 0)  # the driver's error is no reason to stop a run
+    assert Meters(0).read().device is None
+    assert Meters(None).read().device is None
 
 
 # Runs that do not come to their end.
@@ -501,7 +524,6 @@ BAD: dict[str, tuple[str, str]] = {
     "two bundles": ("m.rmt m.rmt", "measures one model at a time and got 2"),
     "folder under a file": ("m.rmt -o t.txt/out", "cannot write t.txt/out: Not a directory"),
     "folder is a file": ("m.rmt -o t.txt", "cannot write t.txt: File exists"),
-    "slots 0": ("m.rmt --slots 0", "max_batch is 0; expected a whole number"),
     "engine unknown": ("m.rmt --engine gpu", "engine is 'gpu'; expected"),
     "words that the model lacks": ("m.rmt --task reasoning", "the task's ids go up to"),
     "another model": ("other.rmt", "the task's ids go up to 332; the model's vocabulary has ids 0 to 95"),

@@ -52,7 +52,7 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16, bf16, ... [default: the bundle's best]")] = None,
     device: Annotated[int, typer.Option(help="GPU index.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a step. [default: all cores]")] = None,
-    slots: Annotated[int, typer.Option(help="Documents read together.")] = 64,
+    slots: Annotated[int, typer.Option(min=1, help="Documents read together.")] = 64,
     budget: Annotated[float | None, typer.Option(help="Seconds in all; what no longer fits is left out.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the rows that the folder holds; measure the others.")
