@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -305,7 +306,7 @@ def test_the_first_layers_map_is_the_softmax_of_its_queries_and_keys():
 
 def story(length: int, facts: list[tuple[int, int]], question: tuple[int, int]) -> Any:
     return SimpleNamespace(
-        length=length, fact_spans=tuple(facts), question_span=question, tokens=lambda: np.full(length, 5)
+        length=length, label=0, fact_spans=tuple(facts), question_span=question, tokens=lambda: np.full(length, 5)
     )
 
 
@@ -506,11 +507,18 @@ def test_the_csv_holds_a_row_per_document_and_segment(analysed):
 def test_the_report_of_attention_agrees_with_itself(analysed):
     facts = json.loads((analysed / "analysis.json").read_text(encoding="utf-8"))["attention"]
     assert [one["name"] for one in facts["operations"]] == list(OPERATIONS)
+    task = open_task("detect")
+    facts_of_seed = {seed: task.labels[task.document(4 * 128, seed, 0.4).label] for seed in facts["seeds"]}
     for one in facts["operations"]:
         shares = np.array(one["share_by_layer_and_head"])
         assert shares.shape == (4, 4)
         assert one["share"] == shares.max() == shares[one["layer"] - 1, one["head"] - 1]
         assert one["share"] == pytest.approx(np.mean(one["share_of_each_map"]), rel=1e-5)
+        counts = Counter(facts_of_seed[seed] for seed in facts["seeds"])
+        assert set(one["share_by_answer"]) == set(counts)
+        if one["maps"] == len(facts["seeds"]):
+            parts = [counts[name] * value for name, value in one["share_by_answer"].items()]
+            assert sum(parts) / one["maps"] == pytest.approx(one["share"], rel=1e-5)
         drawn = one["drawn"]
         assert sum(drawn["share_by_region"].values()) == pytest.approx(1, abs=1e-4)
         columns = [drawn["share_by_region"].get(name, 0) for name in one["columns"]]

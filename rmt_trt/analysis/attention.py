@@ -22,7 +22,7 @@ from rmt_trt.model.step import RMTModel
 from rmt_trt.training.tasks.task import Document, Task
 
 LEAST_SEGMENTS = 3  # a fact, noise, the question
-TRIES = 10_000  # seeds that are looked at for a document that shows every operation
+TRIES = 4_000  # seeds that are looked at for a document that shows every operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,7 @@ class Finding:
     even    what it would be if each row attended evenly to all that it sees, the mean over the same maps
     layer, head   from 0: where the share is largest
     each    the share of each map of that layer and head: documents times segments of the kind
+    labels  the class that answers each map's document
     """
 
     operation: Operation
@@ -53,6 +54,7 @@ class Finding:
     layer: int
     head: int
     each: tuple[float, ...]
+    labels: tuple[int, ...]
     drawn: Drawn
 
 
@@ -61,6 +63,7 @@ class Example:
     """A document that shows every operation, and the segments in which it does (from 0), by kind."""
 
     seed: int
+    label: int
     tokens: tuple[int, ...]
     facts: tuple[Span, ...]
     question: Span
@@ -105,7 +108,8 @@ def examples(task: Task, segments: int, size: int, count: int, seed: int, place:
         kinds = _kinds(document, segments, size)
         if kinds is not None:
             tokens = tuple(document.tokens().tolist())
-            found.append(Example(number, tokens, document.fact_spans, document.question_span, kinds))
+            spans = document.fact_spans, document.question_span
+            found.append(Example(number, document.label, tokens, *spans, kinds))
         if len(found) == count:
             return found
     where = "at random places" if place is None else f"at the place {place}"
@@ -161,7 +165,7 @@ def _finding(model: RMTModel, operation: Operation, seen: Sequence[_Seen]) -> Fi
     middle = seen[int(np.argsort(each, kind="stable")[(len(each) - 1) // 2])]
     return Finding(
         operation, shares, float(np.mean([one.even for one in seen])), layer, head, tuple(each),
-        _drawn(model, middle, operation, layer, head),
+        tuple(one.document.label for one in seen), _drawn(model, middle, operation, layer, head),
     )  # fmt: skip
 
 

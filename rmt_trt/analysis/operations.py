@@ -30,7 +30,7 @@ def draw_operations(
         words = words_of(task, finding.drawn.ids)
         path = folder / picture_of(finding.operation.name)
         draw_attention(path, finding, config.form, words, (segments, documents))
-        facts.append(operation_facts(finding, config.form, words))
+        facts.append(operation_facts(finding, config.form, words, task.labels))
     return {"segments": segments, "documents": documents, "seeds": [one.seed for one in found], "operations": facts}
 
 

@@ -60,8 +60,11 @@ def trajectory_facts(trajectories: Sequence[Trajectory], marks: Sequence[Marks])
     }
 
 
-def operation_facts(finding: Finding, form: str, words: Sequence[str] | None) -> dict[str, Any]:
-    """Plain values of an operation: shares by layer and head, and what its picture shows. Layers, heads from 1."""
+def operation_facts(finding: Finding, form: str, words: Sequence[str] | None, labels: Sequence[str]) -> dict[str, Any]:
+    """Plain values of an operation: shares by layer and head, and what its picture shows. Layers, heads from 1.
+
+    `words` are the tokens of the segment that is drawn as text, `labels` the names of the answers.
+    """
     operation, drawn = finding.operation, finding.drawn
     rows = rows_of(operation, drawn.regions, form == "decoder")
     return {
@@ -76,6 +79,11 @@ def operation_facts(finding: Finding, form: str, words: Sequence[str] | None) ->
         "head": finding.head + 1,
         "share": _rounded(float(finding.shares[finding.layer, finding.head])),
         "share_of_each_map": [_rounded(value) for value in finding.each],
+        "share_by_answer": {
+            name: _rounded(float(np.mean([a for a, b in zip(finding.each, finding.labels, strict=True) if b == label])))
+            for label, name in enumerate(labels)
+            if label in finding.labels
+        },
         "drawn": {
             "picture": picture_of(operation.name),
             "seed": drawn.seed,
@@ -140,6 +148,12 @@ def _attention(attention: Mapping[str, Any]) -> list[str]:
             f"| {one['name']} | {', '.join(one['rows'])} | {', '.join(one['columns'])} | {one['layer']}, {one['head']} | "
             f"{one['share']:.1%} | {spread} | {heads:.1%} | {one['even_attention']:.1%} | {one['maps']} |"
         )
+    answers = list(dict.fromkeys(name for one in found for name in one["share_by_answer"]))
+    lines += ["", "The same mean share, by the answer to the document's question.", ""]
+    lines += ["| | " + " | ".join(answers) + " |", "|---|" + "---:|" * len(answers)]
+    for one in found:
+        shares = [one["share_by_answer"].get(name) for name in answers]
+        lines.append(f"| {one['name']} | " + " | ".join("" if s is None else f"{s:.0%}" for s in shares) + " |")
     lines.append("")
     for one in found:
         lines += [f"![{one['name']}: {one['meaning']}]({one['drawn']['picture']})", ""]
