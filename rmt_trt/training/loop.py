@@ -83,8 +83,9 @@ def start(options: TrainOptions, device: torch.device) -> Run:
 
 def _accelerator(options: TrainOptions, device: torch.device) -> Any:
     accelerate = require("accelerate", "train", "training")
-    # With fewer segments than the document has, a gradient may not reach the first memory.
-    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
+    # Where gradients end before a document's first segment, none reaches the first memory.
+    ends = 0 < options.bptt < options.stages[-1]
+    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=ends)
     return accelerate.Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if options.dtype == "bf16" else "no",
