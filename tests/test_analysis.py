@@ -539,6 +539,20 @@ def test_a_document_of_ones_own_is_followed_without_marks_or_maps(command, check
     assert "## By what stands" not in (tmp_path / "out/analysis.md").read_text(encoding="utf-8")
 
 
+def test_a_text_of_the_users_is_the_background(command, place):
+    """By the example's own tokenizer, which lacks the words of the one task and knows those of the other."""
+    options = "--task memorize,reasoning --text words.txt --part 0.5:1 --segments 2 --documents 2 --attention 0 -o out"
+    code, err = command("e.rmt", *options.split())
+    assert code == 1
+    assert "use one that knows these words" in err
+    code, err = command("e.rmt", *options.replace(",reasoning", "").split())
+    assert code == 0, err
+    facts = json.loads(Path("out/analysis.json").read_text(encoding="utf-8"))
+    assert (facts["task"]["text"], facts["task"]["part"]) == ("words.txt", [0.5, 1.0])
+    assert [one["fact_segments"] for one in facts["documents"]] == [[1], [1]]
+    assert "in words.txt" in Path("out/analysis.md").read_text(encoding="utf-8")
+
+
 BAD: dict[str, tuple[str, str]] = {
     "neither task nor tokens": ("e.rmt", "give either --task, of which documents are made, or --tokens FILE"),
     "both": ("e.rmt --task detect --tokens ids.npy", "give either --task"),

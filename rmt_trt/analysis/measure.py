@@ -18,7 +18,7 @@ from rmt_trt.runtime import RMTRuntime
 from rmt_trt.runtime.segments import cut
 from rmt_trt.training.tasks.task import Document, Task
 
-MAX_ROWS = 1 << 20  # segments of all documents together: their figures are held until they are written
+MAX_ROWS = 1 << 18  # segments of all documents together: their figures are held until they are written
 
 
 @dataclass(frozen=True, eq=False)

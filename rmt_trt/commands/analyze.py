@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 import rmt_trt
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
+from rmt_trt.commands.eval import parse_part
 from rmt_trt.commands.inputs import read_input
 from rmt_trt.errors import ContractError, FormatError, require
 from rmt_trt.files import cannot_write, check_folder
@@ -131,22 +132,9 @@ def _open_task(name: str, text: Path | None, part: str | None, runtime: RMTRunti
             f"{runtime.path} holds no tokenizer, by which --text {text} is to be read. Export the model again with "
             f"--tokenizer tokenizer.json"
         )
-    opened = open_task(name, text, None if text is None else runtime.tokenizer, _part(part, text))
+    opened = open_task(name, text, None if text is None else runtime.tokenizer, parse_part(part, text))
     check_fit(runtime.spec, runtime.tokenizer, opened)
     return opened
-
-
-def _part(value: str | None, text: Path | None) -> tuple[float, float]:
-    """(start, stop) of `0.9:1.0`. Errors: ContractError."""
-    if value is None:
-        return 0.0, 1.0
-    if text is None:
-        raise ContractError(f"--part {value} is a part of a text; give the text with --text FILE")
-    start, _, stop = value.partition(":")
-    try:
-        return float(start), float(stop)
-    except ValueError as err:
-        raise ContractError(f"--part is {value!r}; expected two shares of the text, such as 0.9:1.0") from err
 
 
 def _module(path: Path, reference: Path | None) -> RMTModel:
