@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 from rmt_trt.commands.train import app
 from rmt_trt.errors import ContractError, EngineError, FormatError
 from rmt_trt.model.checkpoint import load_model
+from rmt_trt.model.delta import load_delta, save_delta
+from rmt_trt.model.pretrained import find_base, load_base, special_ids
 from rmt_trt.training.adapters import plain
-from rmt_trt.training.delta import load_delta, save_delta
 from rmt_trt.training.loop import start, train
 from rmt_trt.training.options import TrainOptions
-from rmt_trt.training.pretrained import find_base, load_base, special_ids
 from rmt_trt.training.resume import load_run, save_run
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rmt_trt.commands.app import console
 from rmt_trt.errors import EngineError, FormatError
 from rmt_trt.model.checkpoint import save_model
+from rmt_trt.model.delta import save_delta
 from rmt_trt.training.adapters import plain
-from rmt_trt.training.delta import save_delta
 from rmt_trt.training.loop import Run, train
 from rmt_trt.training.questions import Question
 from rmt_trt.training.recall import recall

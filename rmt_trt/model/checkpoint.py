@@ -19,6 +19,7 @@ from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.files import read_bounded
 from rmt_trt.model.config import ModelConfig
+from rmt_trt.model.delta import is_delta, load_delta
 from rmt_trt.model.files import Stored, names_of, read_stored, state_dict_of, write_value
 from rmt_trt.model.lora import has_lora
 from rmt_trt.model.published import assemble, take_apart
@@ -43,12 +44,15 @@ class LoadedModel:
 
 
 def load_model(path: Path | str, options: LoadOptions = NO_OPTIONS) -> LoadedModel:
-    """Reads a checkpoint: `model.pt`, or one that the published RMT trainers wrote; a file, or a folder that holds one.
+    """Reads a checkpoint: `model.pt`, a delta of `rmt-train --lora`, or one that the published RMT trainers wrote; a file, or
+    a folder that holds one. A delta finds its backbone by name, or in the folder that `options.config` says.
 
     Weights that are stored in half precision are read and held as float32.
     Errors: FormatError for a file that is no checkpoint, is damaged, is of a kind that is not supported, or does not
     fit its config; ContractError for options that are missing, senseless or out of bounds.
     """
+    if is_delta(Path(path)):
+        return _load_delta(Path(path), options)
     stored = read_stored(Path(path))
     kind = stored.value.get("format")
     if isinstance(kind, str) and kind == MODEL_FORMAT:
@@ -88,10 +92,7 @@ def _load_own(file: Path, value: Mapping[str, Any], options: LoadOptions) -> Loa
             f"{file} has format version {str(version)[:40]!r}; this rmt-trt reads version {MODEL_FORMAT_VERSION}. "
             f"Install the rmt-trt that wrote it, or a newer one"
         )
-    senseless = [name for name in ("config", "input_size", "segment_size", "lora_alpha") if getattr(options, name)]
-    if senseless:
-        flags = ", ".join("--" + name.replace("_", "-") for name in senseless)
-        raise ContractError(f"{file} is a model.pt, which says for itself what {flags} would set; leave it out")
+    _refuse_set(file, "a model.pt", ("config", "input_size", "segment_size", "lora_alpha"), options)
     try:
         tensors, config, spec = _own_parts(value)
         model = build_model(config, tensors)
@@ -107,6 +108,26 @@ def _load_own(file: Path, value: Mapping[str, Any], options: LoadOptions) -> Loa
     if options.tokenizer is not None:
         tokenizer = _read_tokenizer(options.tokenizer)
     return LoadedModel(model, model.config.spec(spec.fingerprint), tokenizer)
+
+
+def _load_delta(file: Path, options: LoadOptions) -> LoadedModel:
+    _refuse_set(file, "a delta", ("input_size", "segment_size", "lora_alpha"), options)
+    base = None if options.config is None else str(options.config)
+    model, tokenizer = load_delta(file, base)
+    check_sizes(model)
+    model.config = with_options(model.config, options)
+    if options.tokenizer is not None:
+        tokenizer = _read_tokenizer(options.tokenizer)
+    elif tokenizer is not None:
+        tokenizer = _check_tokenizer(tokenizer, "the tokenizer of its backbone")
+    return LoadedModel(model, model_spec(model), tokenizer)
+
+
+def _refuse_set(file: Path, kind: str, names: tuple[str, ...], options: LoadOptions) -> None:
+    """Refuses flags for what a file says for itself."""
+    if senseless := [name for name in names if getattr(options, name)]:
+        flags = ", ".join("--" + name.replace("_", "-") for name in senseless)
+        raise ContractError(f"{file} is {kind}, which says for itself what {flags} would set; leave it out")
 
 
 def _own_parts(value: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], ModelConfig, StepSpec]:

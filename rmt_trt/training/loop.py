@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from rmt_trt.errors import ContractError, EngineError, require
+from rmt_trt.model.pretrained import Base
 from rmt_trt.model.step import RMTModel
 from rmt_trt.training.ahead import Ahead
 from rmt_trt.training.options import Curriculum, TrainOptions
-from rmt_trt.training.pretrained import Base
 from rmt_trt.training.start import open_options, start_model
 from rmt_trt.training.tasks.draws import Draws
 from rmt_trt.training.tasks.task import Batch, Task

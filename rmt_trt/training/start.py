@@ -13,10 +13,10 @@ from rmt_trt.errors import ContractError
 from rmt_trt.files import read_bounded
 from rmt_trt.model.backbone import build_backbone, position_capacity
 from rmt_trt.model.config import ModelConfig
+from rmt_trt.model.pretrained import MAX_TOKENIZER_BYTES, Base, backbone_of, load_base, special_ids
 from rmt_trt.model.step import DecoderStep, EncoderStep, RMTModel, build_model
 from rmt_trt.training.adapters import add_lora
 from rmt_trt.training.options import FRESH_SEGMENT, TrainOptions
-from rmt_trt.training.pretrained import MAX_TOKENIZER_BYTES, Base, backbone_of, load_base, special_ids
 from rmt_trt.training.tasks import open_task
 from rmt_trt.training.tasks.task import Task
 

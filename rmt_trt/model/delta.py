@@ -22,8 +22,8 @@ from rmt_trt.model.backbone import build_backbone
 from rmt_trt.model.config import ModelConfig
 from rmt_trt.model.files import names_of
 from rmt_trt.model.lora import merge_lora
+from rmt_trt.model.pretrained import Base, backbone_of, load_base
 from rmt_trt.model.step import RMTModel, build_model
-from rmt_trt.training.pretrained import Base, backbone_of, load_base
 
 KEY = "rmt_trt_delta"
 VERSION = 1
@@ -46,6 +46,17 @@ def save_delta(path: Path, model: RMTModel, base: Base, lora_alpha: float) -> No
         "lora_alpha": lora_alpha,
     }
     write_file(path, save(tensors, metadata={KEY: json.dumps(about)}))
+
+
+def is_delta(path: Path) -> bool:
+    """Whether a file says that it is a delta; false for whatever cannot be read."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def load_delta(path: Path, backbone: str | None = None) -> tuple[RMTModel, str | None]:
