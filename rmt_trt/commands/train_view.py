@@ -108,8 +108,7 @@ def _finish(out: Path, run: Run, questions: dict[str, list[Question]], say: Say)
         say(f"stages passed: {passed}; {out / MODEL} written, {(out / MODEL).stat().st_size} bytes")
     else:
         say(f"stages passed: {passed}; a model without memory is for comparison, no {MODEL} is made of it")
-    if options.lora and run.base is not None:
-        save_delta(out / DELTA, run.model, run.base, options.lora_alpha)
+    if (out / DELTA).is_file():
         say(f"{out / DELTA} holds what was trained, {(out / DELTA).stat().st_size} bytes")
     for path, group in questions.items():
         for result in recall(run.model, group):
@@ -120,6 +119,8 @@ def _save_model(out: Path, run: Run) -> bool:
     if not run.options.num_memory:
         return False
     save_model(out / MODEL, plain(run.model, run.options.lora_alpha), run.task.tokenizer)
+    if run.base is not None and run.options.lora:
+        save_delta(out / DELTA, run.model, run.base, run.options.lora_alpha)
     return True
 
 

@@ -18,15 +18,19 @@ def start_metrics(path: Path, step: int) -> None:
     """Begins metrics.csv; of one that is there, the rows up to `step` are kept: the later ones come again."""
     rows: list[dict[str, str]] = []
     if step and path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        try:
-            rows = [row for row in rows if int(row["step"]) <= step]
-        except (KeyError, TypeError, ValueError) as err:
-            raise FormatError(
-                f"{path} is no metrics.csv of rmt-train ({err!r}); move it away and resume again"
-            ) from err
+        rows = [row for row in read_metrics(path) if int(row["step"]) <= step]
     write_file(path, _lines([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]).encode())
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, as text. Errors: FormatError."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        [int(row[name]) for row in rows for name in ("step", "stage", "segments")]
+    except (KeyError, TypeError, ValueError) as err:
+        raise FormatError(f"{path} is no metrics.csv of rmt-train ({err!r}); move it away and resume again") from err
+    return rows
 
 
 def add_metrics(path: Path, report: Report) -> None:
