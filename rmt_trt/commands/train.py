@@ -122,6 +122,10 @@ def train(
     memory_noise: Annotated[
         float, typer.Option(help="Noise on the memory, share of its size.", rich_help_panel=CURRICULUM_PANEL)
     ] = 0.1,
+    lean: Annotated[
+        float,
+        typer.Option(help="Reasoning: share of questions asked one way at first.", rich_help_panel=CURRICULUM_PANEL),
+    ] = 0.0,
     eval_every: Annotated[
         int, typer.Option(help="Steps between two evaluations.", rich_help_panel=CURRICULUM_PANEL)
     ] = 25,

@@ -138,7 +138,7 @@ def _training_batch(run: Run, step: int, most: int) -> Batch:
     whole, any_number = (int(n) for n in Draws(options.seed, LENGTHS, step).below(np.array([2, most]), 2))
     segments = most if whole or not options.mixed else 1 + any_number
     length = run.model.config.segment_length
-    return run.task.batch(options.batch, segments, length, options.seed, TRAINING, step)
+    return run.task.batch(options.batch, segments, length, options.seed, TRAINING, step, lean=options.lean_at(step))
 
 
 def train_step(run: Run, batch: Batch) -> torch.Tensor:
@@ -174,7 +174,8 @@ def evaluate(run: Run, segments: int) -> float:
     for start_row in range(0, options.eval_rows, options.batch):
         rows = min(options.batch, options.eval_rows - start_row)
         length = run.model.config.segment_length
-        batch = run.task.batch(rows, segments, length, options.seed, EVALUATION, segments, start_row)
+        seed = (options.seed, EVALUATION, segments, start_row)
+        batch = run.task.batch(rows, segments, length, *seed, lean=options.lean_at(run.step))
         inputs, answers = to_device(_share(run, batch), run.accelerator.device)
         logits = run.unrolled(inputs)
         if run.options.form == "decoder":

@@ -45,6 +45,8 @@ class TrainOptions:
     clip          largest norm of the gradient
     bptt          segments at a document's end that gradients flow through; 0 means all
     memory_noise  random noise on the memory between segments, as a share of its root mean square
+    lean          reasoning: share of the questions that are turned to the north or the east at first, in training and
+                  evaluation; it falls linearly to 0 at half of the steps
     eval_every    steps between two evaluations, each of `eval_rows` documents
     """
 
@@ -77,6 +79,7 @@ class TrainOptions:
     clip: float = 1.0
     bptt: int = 8
     memory_noise: float = 0.1
+    lean: float = 0.0
     eval_every: int = 25
     eval_rows: int = 512
     seed: int = 0
@@ -142,6 +145,10 @@ class TrainOptions:
         if not isinstance(value, Mapping) or set(value) != known:
             raise FormatError(f"training options are not a JSON object with the fields {sorted(known)}")
         return cls(**value)
+
+    def lean_at(self, step: int) -> float:
+        """The lean of a step, counted from 0."""
+        return self.lean * max(0.0, 1 - 2 * step / self.steps)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -216,4 +223,5 @@ _REAL = (
     ("weight_decay", 0.0, 1.0),
     ("clip", 1e-6, math.inf),
     ("memory_noise", 0.0, 10.0),
+    ("lean", 0.0, 1.0),
 )

@@ -35,7 +35,10 @@ class Story:
 
 @cache
 def stories(kind: str) -> tuple[Story, ...]:
-    """Every story of a task, always in the same order. Errors: ContractError, for a task that there is not."""
+    """Every story of a task, always in the same order. Errors: ContractError, for a task that there is not.
+
+    Of reasoning two stories stand together that differ in the question alone: south or west first, north or east second.
+    """
     if kind not in NAMES:
         raise ContractError(f"task is {kind!r}; expected one of {', '.join(NAMES)}")
     return _chains() if kind == "reasoning" else _walks()

@@ -10,12 +10,20 @@ from rmt_trt.training.tasks.draws import Draws
 from rmt_trt.training.tasks.task import BATCHES, Batch
 
 
-def make_story_batch(source: Source, rows: int, segments: int, segment_length: int, *seed: int) -> Batch:
-    """`rows` documents of `segments` segments each, kinds, lengths and places mixed. Errors: ContractError."""
+def make_story_batch(
+    source: Source, rows: int, segments: int, segment_length: int, *seed: int, lean: float = 0.0
+) -> Batch:
+    """`rows` documents of `segments` segments each, kinds, lengths and places mixed; `lean` as in `Task.batch`.
+
+    Errors: ContractError.
+    """
     draws = Draws(BATCHES, *seed)
     length = lengths_of(draws, rows, segments, segment_length, source.min_length)
     kinds = [source.kinds[int(kind)] for kind in below(draws, len(source.kinds), rows)]
     which = below(draws, np.array([len(source.stories[kind]) for kind in kinds]), rows)
+    if lean:
+        turned = (below(draws, 1 << 16, rows) < lean * (1 << 16)) & np.array([kind == "reasoning" for kind in kinds])
+        which = which | turned  # of two stories with the same facts the second asks for the north or the east
     told = [source.stories[kind][int(one)] for kind, one in zip(kinds, which, strict=True)]
     room = length - np.array([story.length for story in told])
     gaps = below(draws, np.repeat(room + 1, 2), 2 * rows).reshape(rows, 2)

@@ -86,11 +86,11 @@ class SyntheticTask:
         room = length - len(document.fact.fact) - QUESTION_LENGTH
         return make_document(kind, length, seed, round(place * room))
 
-    def batch(self, rows: int, segments: int, segment_length: int, *seed: int) -> Batch:
+    def batch(self, rows: int, segments: int, segment_length: int, *seed: int, lean: float = 0.0) -> Batch:
         """`rows` documents of `segments` segments each. Errors: ContractError, where the facts find no room."""
         if self._words is ID:
             return make_batch(rows, segments, segment_length, *seed, tasks=self.kinds)
-        return make_story_batch(self._source, rows, segments, segment_length, *seed)
+        return make_story_batch(self._source, rows, segments, segment_length, *seed, lean=lean)
 
     def describe(self, length: int | None = None) -> dict[str, Any]:
         """Plain values for reports. Synthetic noise is drawn word by word and never repeats as a whole."""

@@ -101,8 +101,12 @@ class Task(Protocol):
         """
         ...
 
-    def batch(self, rows: int, segments: int, segment_length: int, *seed: int) -> Batch:
-        """`rows` documents of `segments` segments each, lengths and places mixed; the same arguments, the same batch."""
+    def batch(self, rows: int, segments: int, segment_length: int, *seed: int, lean: float = 0.0) -> Batch:
+        """`rows` documents of `segments` segments each, lengths and places mixed; the same arguments, the same batch.
+
+        `lean`, 0 to 1, is the share of reasoning's questions that are turned to ask for the north or the east, if they
+        do not anyway: what is stored and how it is asked for can then be learned one after the other.
+        """
         ...
 
     def describe(self, length: int | None = None) -> dict[str, Any]:

@@ -61,9 +61,9 @@ class TextTask:
         """A document of exactly `length` tokens; see `Task.document`. Errors: ContractError."""
         return self._source.document(length, seed, place)
 
-    def batch(self, rows: int, segments: int, segment_length: int, *seed: int) -> Batch:
+    def batch(self, rows: int, segments: int, segment_length: int, *seed: int, lean: float = 0.0) -> Batch:
         """`rows` documents of `segments` segments each. Errors: ContractError, where the facts find no room."""
-        return make_story_batch(self._source, rows, segments, segment_length, *seed)
+        return make_story_batch(self._source, rows, segments, segment_length, *seed, lean=lean)
 
     def describe(self, length: int | None = None) -> dict[str, Any]:
         """Plain values for reports; `repeats` is how often a document of `length` tokens repeats the background."""
