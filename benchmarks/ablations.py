@@ -25,8 +25,8 @@ from rmt_trt.benchmarks.command_line import shown
 from rmt_trt.benchmarks.tables import Section, markdown_table
 from rmt_trt.commands.app import console, new_app, run_command
 from rmt_trt.commands.bench import whole_numbers
-from rmt_trt.errors import EngineError, require
-from rmt_trt.files import check_folder, write_file
+from rmt_trt.errors import ContractError, EngineError, require
+from rmt_trt.files import cannot_write, check_folder, write_file
 from rmt_trt.training.questions import Question, make_questions
 
 app = new_app()
@@ -34,6 +34,7 @@ app = new_app()
 CURRICULUM = (1, 2, 3, 4, 5, 7)
 FIRST_SEED = 5_000_000  # beyond the seeds of training and of the example's own questions
 CHANCE = 1 / 6
+NOT_EXTRA = ("--form", "--text", "--backbone", "--resume")
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,23 @@ def main(
     from rmt_trt.commands.train import pick_device
 
     sizes, numbers = whole_numbers("--memory", memory), whole_numbers("--segments", segments)
+    every_seed = whole_numbers("--seeds", seeds)
+    if not numbers or min(numbers) < 1 or not every_seed:
+        raise ContractError(
+            f"--segments is {segments!r} and --seeds {seeds!r}; expected at least one number each, segments of at least 1"
+        )
+    if own := [flag for flag in extra.split() if flag.partition("=")[0] in NOT_EXTRA]:
+        raise ContractError(
+            f"--extra holds {own[0]}; what is compared are classifiers of synthetic words, each trained from the start. "
+            f"Leave it out"
+        )
     where, screen = str(pick_device(device)), console()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise cannot_write(out, err) from err
     check_folder(out, "the ablations")
-    asked = [(one, seed) for seed in (int(part) for part in seeds.split(",")) for one in variants(sizes)]
+    asked = [(one, seed) for seed in every_seed for one in variants(sizes)]
 
     def work(item: tuple[Variant, int]) -> Outcome:
         variant, seed = item
@@ -171,7 +185,10 @@ def write(out: Path, outcomes: Sequence[Outcome], head: dict[str, Any]) -> None:
     title = f"# Ablations\n\n`{head['command']}` on {head['device']}; {head['steps']} steps each.\n\n"
     text = title + "\n".join(markdown_table(section))
     write_file(out / "ablations.md", text.encode())
-    draw(out / "ablations.png", outcomes)
+    try:
+        draw(out / "ablations.png", outcomes)
+    except EngineError as err:
+        console().print(f"no plot: {err}")
 
 
 def draw(path: Path, outcomes: Sequence[Outcome]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -45,6 +46,32 @@ def check_folder(path: Path, purpose: str) -> None:
         raise FormatError(
             f"{path} cannot be written, where {purpose}. Give yourself the right to, or copy it elsewhere"
         )
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path, command: str) -> Iterator[None]:
+    """Keeps a second process of the same kind out of a folder while this one writes there file by file.
+
+    The lock lies on the folder itself: it leaves no file, and goes with the process. Where a file system has no such locks
+    nothing is kept out. Errors: FormatError, at once, when another process is in it.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            if not _locked(descriptor):
+                raise FormatError(
+                    f"another {command} is at work in {folder}. Wait until it ends, or choose another folder"
+                )
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

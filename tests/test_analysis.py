@@ -556,7 +556,7 @@ def test_a_text_of_the_users_is_the_background(command, place):
 BAD: dict[str, tuple[str, str]] = {
     "neither task nor tokens": ("e.rmt", "give either --task, of which documents are made, or --tokens FILE"),
     "both": ("e.rmt --task detect --tokens ids.npy", "give either --task"),
-    "text with tokens": ("e.rmt --tokens ids.npy --text words.txt", "--text and --place go with --task"),
+    "text with tokens": ("e.rmt --tokens ids.npy --text words.txt", "--text, --part and --place go with --task"),
     "no segments": ("e.rmt --task detect --segments 0", "--segments is 0; expected at least 1"),
     "no documents": ("e.rmt --task detect --documents 0", "--documents is 0; expected at least 1"),
     "more segments than are held": (

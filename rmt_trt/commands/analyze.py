@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 app = new_app()
 
 SEGMENTS, DOCUMENTS, ATTENTION = 64, 8, 4
+MOST_ATTENTION = 1024  # documents of so many segments are held as a whole
 
 
 @app.command()
@@ -50,7 +51,7 @@ def analyze(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first document; the others follow.")] = 0,
     attention: Annotated[
         int, typer.Option(help="Segments of the documents of the attention maps; 0 leaves the maps out.")
-    ] = 4,
+    ] = ATTENTION,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -67,7 +68,7 @@ def analyze(
     version: Version = False,
 ) -> None:
     """Follows the memory through documents: similarity, norm, entropy, rank; and draws where attention goes."""
-    _check_options(task, text, tokens, segments, documents, place, attention)
+    _check_options(task, text, part, tokens, segments, documents, place, attention)
     require("matplotlib", "analyze", "rmt-analyze's pictures")
     from rmt_trt.analysis.report import write_report
     from rmt_trt.runtime import RMTRuntime
@@ -92,22 +93,23 @@ def analyze(
 
 
 def _check_options(
-    task: str | None, text: Path | None, tokens: Path | None, segments: int | None, documents: int,
+    task: str | None, text: Path | None, part: str | None, tokens: Path | None, segments: int | None, documents: int,
     place: float | None, attention: int,
 ) -> None:  # fmt: skip
     """What can be said before anything is opened. Errors: ContractError."""
     if (task is None) == (tokens is None):
         raise ContractError("give either --task, of which documents are made, or --tokens FILE, a document of your own")
-    if tokens is not None and (text is not None or place is not None):
-        raise ContractError("--text and --place go with --task; --tokens FILE is read as it is")
+    if tokens is not None and (text, part, place) != (None, None, None):
+        raise ContractError("--text, --part and --place go with --task; --tokens FILE is read as it is")
     for name, value in (("--segments", segments), ("--documents", documents)):
         if value is not None and value < 1:
             raise ContractError(f"{name} is {value}; expected at least 1")
     if place is not None and not 0 <= place <= 1:
         raise ContractError(f"--place is {place}; expected 0, the very start, to 1, right before the question")
-    if attention and attention < 3:
+    if attention and not 3 <= attention <= MOST_ATTENTION:
         raise ContractError(
-            f"--attention is {attention}; a fact, noise and the question take at least 3 segments, and 0 leaves the maps out"
+            f"--attention is {attention}; a fact, noise and the question take 3 segments at least. Give up to {MOST_ATTENTION}, "
+            f"or 0, which leaves the maps out"
         )
 
 

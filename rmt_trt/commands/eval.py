@@ -71,9 +71,12 @@ def evaluate(
         raise ContractError(
             f"rmt-eval measures one model at a time and got {len(paths)}; with --plot it takes several results"
         )
+    if budget is not None and not 0 < budget < float("inf"):
+        raise ContractError(f"--budget is {budget:g}; expected seconds, more than 0")
     from rmt_trt.benchmarks.budget import Budget
     from rmt_trt.evaluation.cases import all_cases
     from rmt_trt.evaluation.rows import prepare_folder
+    from rmt_trt.files import sole_user
     from rmt_trt.runtime import RMTRuntime
 
     limit, screen = Budget(budget), console()
@@ -82,7 +85,7 @@ def evaluate(
     cases = all_cases(wanted, whole_numbers("--segments", segments), places, whole_numbers("--samples", samples))
     share = parse_part(part, text)
     prepare_folder(out, resume)
-    with RMTRuntime(paths[0], engine, dtype, device, threads, slots) as runtime:
+    with sole_user(out, "rmt-eval"), RMTRuntime(paths[0], engine, dtype, device, threads, slots) as runtime:
         tasks = _tasks(wanted, text, share, runtime, cases, seed)
         results = _measure(runtime, tasks, cases, seed, device, limit, out, screen)
     _report(results, screen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rmt_trt.commands.app import Debug, Version, new_app, run_command
-from rmt_trt.errors import ContractError, EngineError, FormatError
+from rmt_trt.errors import ContractError, EngineError, FormatError, require
 
 if TYPE_CHECKING:
     import torch
@@ -140,10 +141,14 @@ def train(
     with --lora there is OUT/delta.safetensors too, what was trained by itself. On several GPUs: accelerate launch -m
     rmt_trt.commands.train OUT ...
     """
+    for library in ("torch", "transformers", "accelerate"):
+        require(library, "train", "rmt-train")
     from rmt_trt.commands.train_view import run_to_end
     from rmt_trt.training.options import TrainOptions
     from rmt_trt.training.questions import load_questions
 
+    if minutes is not None and not minutes < float("inf"):
+        raise ContractError(f"--minutes is {minutes:g}; expected a number of minutes, or leave it out")
     asked = {str(path): load_questions(path) for path in questions or []}
     where = pick_device(device)
     options = None
@@ -152,7 +157,10 @@ def train(
     else:
         values = {field.name: context.params[field.name] for field in fields(TrainOptions)}
         options = TrainOptions(**{**values, "stages": _numbers(stages), "part": _shares(part)})
+    if options is not None:
+        _check_questions(asked, options)
     run = _open(out, options, where)
+    _check_questions(asked, run.options)
     run_to_end(out, run, asked, minutes)
 
 
@@ -182,6 +190,16 @@ def _shares(text: str) -> tuple[float, ...]:
         return tuple(float(share) for share in text.split(":"))
     except ValueError as err:
         raise ContractError(f"--part is {text!r}; expected two shares of the text, such as 0:0.9") from err
+
+
+def _check_questions(asked: Collection[str], options: TrainOptions) -> None:
+    """Questions are in synthetic words, and a classifier answers them. Errors: ContractError, for runs of another kind."""
+    if asked and (options.text or options.form != "encoder"):
+        what = f"reads the text {options.text}" if options.text else f"trains a {options.form}"
+        raise ContractError(
+            f"--questions are in synthetic words, for a classifier; this run {what}. Leave --questions out; rmt-eval asks "
+            f"every kind of model"
+        )
 
 
 def _refuse_changes(context: typer.Context) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rmt_trt.commands.app import console
 from rmt_trt.errors import EngineError, FormatError
+from rmt_trt.files import sole_user
 from rmt_trt.model.checkpoint import save_model
 from rmt_trt.model.delta import save_delta
 from rmt_trt.training.adapters import plain
@@ -31,10 +33,16 @@ Say = Callable[[str], None]
 def run_to_end(out: Path, run: Run, questions: dict[str, list[Question]], minutes: float | None) -> None:
     """Trains to the end, or for so many minutes, and measures recall; says so on the screen and in the log.
 
-    Of several processes the first one writes and speaks.
+    Of several processes the first one writes and speaks. Errors: EngineError, when training diverges; FormatError, when the
+    folder cannot be written or another run is at work in it.
     """
-    screen = console()
     leads = run.accelerator.is_main_process
+    with sole_user(out, "rmt-train") if leads else contextlib.nullcontext():
+        _run(out, run, questions, minutes, leads)
+
+
+def _run(out: Path, run: Run, questions: dict[str, list[Question]], minutes: float | None, leads: bool) -> None:
+    screen = console()
 
     def say(line: str) -> None:
         if leads:

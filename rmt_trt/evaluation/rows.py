@@ -11,6 +11,7 @@ from typing import Any
 from rmt_trt.errors import FormatError
 from rmt_trt.evaluation.cases import Case
 from rmt_trt.evaluation.interval import wilson
+from rmt_trt.evaluation.plain import check_head, check_row
 from rmt_trt.files import cannot_write, check_folder, read_json, write_file
 
 RESULTS = "results.json"
@@ -81,7 +82,8 @@ class Row:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Row:
-        """Reads what `to_json` wrote."""
+        """Reads what `to_json` wrote. Errors: ValueError, KeyError, TypeError, ArithmeticError, for anything else."""
+        check_row(value)
         given = {name: item for name, item in value.items() if name in cls.__dataclass_fields__}
         row = cls(**{**given, "wrong": tuple(given.get("wrong", ()))})
         if not row.left_out:
@@ -155,7 +157,9 @@ def read_results(path: Path) -> Results:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise FormatError(f"{path} is no results file of rmt-eval; expected the {RESULTS} that it writes")
     try:
-        return Results(path.parent, value, [Row.from_json(row) for row in value.pop("rows")])
+        rows = [Row.from_json(row) for row in value.pop("rows")]
+        check_head(value)
+        return Results(path.parent, value, rows)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as err:
         raise FormatError(f"{path} is damaged ({type(err).__name__}: {err}); measure again") from err
 

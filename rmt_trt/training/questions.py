@@ -115,7 +115,7 @@ def make_questions(length: int, count: int, first_seed: int) -> list[Question]:
 def _read_line(where: str, line: str) -> Question:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:  # also for a number of thousands of digits
         raise FormatError(f"{where}: not JSON: {err}") from err
     if not isinstance(value, dict) or set(value) != FIELDS:
         raise FormatError(f"{where}: expected a JSON object with the fields {sorted(FIELDS)}")

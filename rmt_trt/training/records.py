@@ -8,9 +8,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from rmt_trt.errors import FormatError
-from rmt_trt.files import write_file
+from rmt_trt.files import read_bounded, write_file
 from rmt_trt.training.loop import Report
 
+MAX_BYTES = 1 << 28
 COLUMNS = [field.name for field in fields(Report)]
 
 
@@ -23,12 +24,14 @@ def start_metrics(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, as text. Errors: FormatError."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    """The rows of metrics.csv, as text; a last line that was broken off is left out. Errors: FormatError."""
+    data = read_bounded(path, MAX_BYTES, "the metrics.csv of rmt-train")
     try:
+        rows = list(csv.DictReader(io.StringIO(data[: data.rfind(b"\n") + 1].decode("utf-8"))))
         [int(row[name]) for row in rows for name in ("step", "stage", "segments")]
-    except (KeyError, TypeError, ValueError) as err:
+        if any(set(row) != set(COLUMNS) or None in row.values() for row in rows):
+            raise ValueError(f"its columns are not {','.join(COLUMNS)}")
+    except (KeyError, TypeError, ValueError, csv.Error) as err:
         raise FormatError(f"{path} is no metrics.csv of rmt-train ({err!r}); move it away and resume again") from err
     return rows
 

@@ -143,6 +143,11 @@ def _texts(file: IO[bytes], path: Path, begin: int, end: int) -> Iterator[str]:
     place = begin
     try:
         while chunk := file.read(min(CHUNK, end - place)):
+            if b"\0" in chunk:
+                raise FormatError(
+                    f"{path} is no text in UTF-8: byte {place + chunk.index(0)} is zero, as in UTF-16 or in what is no text; "
+                    f"convert it to UTF-8"
+                )
             yield decoder.decode(chunk)
             place += len(chunk)
         yield decoder.decode(b"", final=True)

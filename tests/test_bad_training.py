@@ -1,0 +1,161 @@
+"""What is given to training, evaluation and analysis by mistake: one clear line, and no file lost or half written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+
+from rmt_trt import FormatError
+from rmt_trt.benchmarks import ablations
+from rmt_trt.commands import analyze, train
+from rmt_trt.commands import eval as evaluate
+from rmt_trt.commands.app import run_command
+from rmt_trt.evaluation.rows import FORMAT, RESULTS, Row, read_results
+from rmt_trt.files import sole_user
+from rmt_trt.training.questions import make_questions, save_questions
+from rmt_trt.training.records import read_metrics
+from rmt_trt.training.tasks.words import PLACES
+
+TEXT = Path(__file__).parent / "data" / "coriolanus.txt"
+SMALL = (
+    "--layers 1 --width 32 --heads 2 --segment-length 16 --num-memory 2 --stages 1 --batch 8 --eval-rows 8 --steps 4"
+)
+FLAGS = f"{SMALL} --eval-every 2 --device cpu"
+MAIN: dict[str, Callable[[], None]] = {
+    "rmt-train": train.main, "rmt-eval": evaluate.main, "rmt-analyze": analyze.main,
+    "ablations": lambda: run_command("ablations", ablations.app),
+}  # fmt: skip
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str]]:
+    """Runs a command line in a folder of its own: its exit code and what stands on standard error."""
+    monkeypatch.chdir(tmp_path)
+    Path("m.rmt").symlink_to(models.example_bundle())
+
+    def call(line: str) -> tuple[int, str]:
+        name, *arguments = line.split()
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as info:  # noqa: PT012
+            MAIN[name]()
+            raise SystemExit(0)
+        return int(info.value.code or 0), capsys.readouterr().err
+
+    return call
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "minutes without an end": (f"rmt-train out {FLAGS} --minutes inf", "--minutes is inf; expected a number of minutes"),
+    "questions for a decoder": (
+        f"rmt-train out {FLAGS} --form decoder --questions q.jsonl", "for a classifier; this run trains a decoder"
+    ),
+    "questions for a text": (
+        f"rmt-train out {FLAGS} --text t.txt --tokenizer t.json --questions q.jsonl", "this run reads the text t.txt"
+    ),
+    "a question with a number of 5,000 digits": (
+        f"rmt-train out {FLAGS} --questions digits.jsonl", "digits.jsonl, line 1: not JSON: Exceeds the limit"
+    ),
+    "budget is no number": ("rmt-eval m.rmt --budget nan", "--budget is nan; expected seconds, more than 0"),
+    "budget below nothing": ("rmt-eval m.rmt --budget=-1", "--budget is -1; expected seconds, more than 0"),
+    "maps of endless documents": (
+        "rmt-analyze m.rmt --task detect --attention 1000000000", "--attention is 1000000000; a fact, noise and the"
+    ),
+    "a part of tokens": ("rmt-analyze m.rmt --tokens t.txt --part 0:0.5", "--text, --part and --place go with --task"),
+    "ablations of no seed": ("ablations out --seeds ,", "--segments is '1,2,4,7,12,16,64,256,1024' and --seeds ','"),
+    "ablations of words": ("ablations out --seeds one", "--seeds is 'one'; expected whole numbers with commas"),
+    "ablations of 0 segments": ("ablations out --segments 0", "--segments is '0' and --seeds '0'; expected at least"),
+    "ablations into a file": ("ablations t.txt", "cannot write t.txt: File exists"),
+    "ablations of decoders": ("ablations out --extra=--form=decoder", "--extra holds --form=decoder; what is compared"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_gets_one_line_and_leaves_no_file(command, name):
+    line, message = BAD[name]
+    save_questions("q.jsonl", make_questions(40, 2, 1))
+    Path("digits.jsonl").write_text('{"seed": ' + "1" * 5000 + "}\n", encoding="utf-8")
+    Path("t.txt").write_text("A sentence stands here.", encoding="utf-8")
+    before = sorted(Path().rglob("*"))
+    code, err = command(line)
+    assert (code, len(err.splitlines())) == (1, 1), err
+    assert message in err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_second_process_in_the_same_folder_is_sent_away(command, tmp_path):
+    (tmp_path / "out").mkdir()
+    for line, name in ((f"rmt-train out {FLAGS}", "rmt-train"), ("rmt-eval m.rmt -o out", "rmt-eval")):
+        with sole_user(tmp_path / "out", name):
+            code, err = command(line)
+        assert (code, len(err.splitlines())) == (1, 1), err
+        assert f"another {name} is at work in out. Wait until it ends" in err
+        assert not list((tmp_path / "out").iterdir())
+    with sole_user(tmp_path / "out", "rmt-eval"):
+        pass
+
+
+def test_a_folder_without_locks_is_used_all_the_same(tmp_path):
+    with sole_user(tmp_path / "none", "rmt-train"):
+        pass
+
+
+def test_a_row_of_metrics_that_was_broken_off_does_not_stop_the_run_from_going_on(command):
+    assert command(f"rmt-train out {FLAGS}")[0] == 0
+    metrics = Path("out/metrics.csv")
+    whole = metrics.read_text(encoding="utf-8")
+    metrics.write_text(whole[:-5], encoding="utf-8")
+    assert [row["step"] for row in read_metrics(metrics)] == ["2"]
+    assert command("rmt-train out --resume --device cpu")[0] == 0
+    assert metrics.read_text(encoding="utf-8") == whole[: whole.index("\n4,") + 1]
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\n", b"step,stage\n1,2\n", b'"' + b"x" * 200_000 + b'"\n' * 2, b"a\0b\nc\n"]
+)
+def test_metrics_of_another_kind_are_named(tmp_path, content):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(FormatError, match=r"is no metrics\.csv of rmt-train"):
+        read_metrics(tmp_path / "metrics.csv")
+
+
+def results_with(place: tuple[str, ...], value: object) -> dict[str, Any]:
+    """A results file whose value at a place is another one."""
+    whole: dict[str, Any] = {
+        "format": FORMAT, "seed": 0, "labels": list(PLACES), "tasks": {"detect": {"task": "detect", "part": [0, 1]}},
+        "model": {"name": "m", "fingerprint": "f", "engine": "cpu", "dtype": "fp32", "segment_length": 128},
+        "rows": [Row("detect", 4, 50, 10, 9, 5000, 512, 1.0, 8, text={"repeats": 0.5}).to_json()],
+    }  # fmt: skip
+    part: Any = whole
+    for step in place[:-1]:
+        part = part[0] if step == "0" else part[step]
+    part[place[-1]] = value
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("model",), []), (("model", "name"), 3), (("model", "segment_length"), "long"), (("labels",), []),
+        (("labels",), [1]), (("tasks",), ["detect"]), (("tasks", "detect"), 5), (("tasks", "detect", "part"), [[[]]]),
+        (("rows",), {"a": 1}), (("rows", "0", "segments"), "4"), (("rows", "0", "segments"), 10**400),
+        (("rows", "0", "segments"), True), (("rows", "0", "task"), None), (("rows", "0", "position"), 101),
+        (("rows", "0", "seconds"), float("nan")), (("rows", "0", "seconds"), 0), (("rows", "0", "right"), 11),
+        (("rows", "0", "count"), 0), (("rows", "0", "tokens"), 1.5), (("rows", "0", "wrong"), 7),
+        (("rows", "0", "wrong"), ["x"]), (("rows", "0", "memory"), {"end": 1}), (("rows", "0", "text"), {"repeats": [[1]]}),
+        (("rows", "0", "left_out"), 1), (("rows", "0", "idle_share"), float("inf")),
+    ],
+)  # fmt: skip
+def test_a_results_file_that_was_edited_is_refused(tmp_path, place, value):
+    (tmp_path / RESULTS).write_text(json.dumps(results_with(("seed",), 0)), encoding="utf-8")
+    assert len(read_results(tmp_path).rows) == 1
+    (tmp_path / RESULTS).write_text(json.dumps(results_with(place, value)), encoding="utf-8")
+    with pytest.raises(FormatError, match=r"results\.json is damaged"):
+        read_results(tmp_path)
