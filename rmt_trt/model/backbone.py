@@ -126,26 +126,21 @@ def build_backbone(
     With `weights`, shapes are compared on the meta device before any memory is taken, and every key must fit.
     Errors: ContractError for a config out of bounds, FormatError when config and weights do not fit together.
     """
-    wanted = hf_config(form, config)
-    factory: Any = (
-        transformers.AutoModelForSequenceClassification if form == "encoder" else transformers.AutoModelForCausalLM
-    )
-    try:
-        if weights is not None:
-            _compare(factory, wanted, weights)
-        with no_init_weights() if weights is not None else contextlib.nullcontext():
-            model = factory.from_config(wanted)
-    except (FormatError, ContractError):
-        raise
-    except Exception as err:  # whatever a model class makes of a stranger's numbers
-        raise FormatError(
-            f"transformers cannot build a '{config['model_type']}' {form} from its config: {err}"
-        ) from err
+    if weights is not None:
+        _compare(outline(form, config), weights)
+    with no_init_weights() if weights is not None else contextlib.nullcontext():
+        model = _made(form, config)
     if weights is not None:
         model.load_state_dict(dict(weights), strict=False)
         model.tie_weights()
     model.config.use_cache = False
     return model.eval()  # type: ignore[no-any-return]
+
+
+def outline(form: str, config: Mapping[str, Any]) -> nn.Module:
+    """The backbone with its head on the meta device: names, shapes and ties, for no memory. Errors: as `build_backbone`."""
+    with torch.device("meta"):
+        return _made(form, config)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -171,11 +166,23 @@ def position_capacity(config: Mapping[str, Any]) -> int | None:
     return int(size)
 
 
-def _compare(factory: Any, hf_config: Any, weights: Mapping[str, torch.Tensor]) -> None:
+def _made(form: str, config: Mapping[str, Any]) -> Any:
+    wanted = hf_config(form, config)
+    factory: Any = (
+        transformers.AutoModelForSequenceClassification if form == "encoder" else transformers.AutoModelForCausalLM
+    )
+    try:
+        return factory.from_config(wanted)
+    except Exception as err:  # whatever a model class makes of a stranger's numbers
+        raise FormatError(
+            f"transformers cannot build a '{config['model_type']}' {form} from its config: {err}"
+        ) from err
+
+
+def _compare(empty: Any, weights: Mapping[str, torch.Tensor]) -> None:
     """Compares names and shapes with a model that takes no memory."""
-    with torch.device("meta"):
-        wanted = factory.from_config(hf_config).state_dict()
-    tied = re.compile(r"(lm_head|embed_out|output_embeddings)\.weight$") if hf_config.tie_word_embeddings else None
+    wanted, config = empty.state_dict(), empty.config
+    tied = re.compile(r"(lm_head|embed_out|output_embeddings)\.weight$") if config.tie_word_embeddings else None
     missing = [key for key in wanted if key not in weights and not (tied and tied.search(key))]
     unknown = [key for key in weights if key not in wanted]
     wrong = [
@@ -185,7 +192,7 @@ def _compare(factory: Any, hf_config: Any, weights: Mapping[str, torch.Tensor]) 
     ]
     if missing or unknown or wrong:
         raise FormatError(
-            f"the weights do not fit a '{hf_config.model_type}' with this config: "
+            f"the weights do not fit a '{config.model_type}' with this config: "
             + "; ".join(
                 [
                     f"{len(keys)} {what}: {', '.join(keys[:3])}"

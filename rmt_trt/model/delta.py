@@ -16,19 +16,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from rmt_trt.errors import FormatError
+from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.files import write_file
-from rmt_trt.model.backbone import build_backbone
 from rmt_trt.model.config import ModelConfig
 from rmt_trt.model.files import names_of
 from rmt_trt.model.lora import merge_lora
-from rmt_trt.model.pretrained import Base, backbone_of, load_base
+from rmt_trt.model.pretrained import Base, load_base, stored_weights
 from rmt_trt.model.step import RMTModel, build_model
 
 KEY = "rmt_trt_delta"
 VERSION = 1
 FIELDS = {"version", "backbone", "digest", "model", "lora_alpha"}
 MAX_BYTES = 1 << 30
+MAX_ALPHA = 1e6
 
 
 def save_delta(path: Path, model: RMTModel, base: Base, lora_alpha: float) -> None:
@@ -66,23 +66,41 @@ def load_delta(path: Path, backbone: str | None = None) -> tuple[RMTModel, str |
     file that is no delta, is damaged or belongs to other weights; ContractError when the base is not at hand.
     """
     about, tensors = _read(path)
-    base = load_base(backbone or about["backbone"])
+    base = _base_of(path, about["backbone"], backbone)
     if base.digest != about["digest"]:
         raise FormatError(
             f"{path} belongs to weights of backbone {about['backbone']!r} with SHA-256 {str(about['digest'])[:16]}..., not to "
             f"those of {base.origin!r} ({base.digest[:16]}...). Give the folder of the weights that it was trained on"
         )
-    config = ModelConfig.from_json(about["model"])
-    body = dict(backbone_of(base, config.form, config.backbone).state_dict())
-    known = set(build_backbone(config.form, config.backbone).state_dict())
+    try:
+        return _assembled(
+            ModelConfig.from_json(about["model"]), base, tensors, float(about["lora_alpha"])
+        ), base.tokenizer
+    except (FormatError, ContractError) as err:
+        raise type(err)(f"{path}: {err}") from err
+
+
+def _base_of(path: Path, named: str, backbone: str | None) -> Base:
+    try:
+        return load_base(backbone or named)
+    except ContractError as err:
+        if backbone is not None:
+            raise
+        raise ContractError(f"{path} was trained on a backbone that is not here: {err} (--config)") from err
+
+
+def _assembled(config: ModelConfig, base: Base, tensors: Mapping[str, torch.Tensor], alpha: float) -> RMTModel:
+    """The base's weights, what was trained in their place, LoRA's factors merged."""
+    body, drawn = stored_weights(base, config.form, config.backbone)
     changed = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items() if name != "memory"}
-    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in changed.items() if ".lora_" not in name}
-    if unknown := sorted(set(plain) - known):
-        raise FormatError(f"{path} changes {names_of(unknown)}, which its backbone does not have. The file is damaged")
     factors = {name: tensor for name, tensor in changed.items() if ".lora_" in name}
-    weights = merge_lora({**body, **plain, **factors}, float(about["lora_alpha"]))
-    whole = {"memory": tensors["memory"], **{f"backbone.{name}": tensor for name, tensor in weights.items()}}
-    return build_model(config, whole), base.tokenizer
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in changed.items() if name not in factors}
+    if unknown := sorted(set(plain) - set(body) - drawn):
+        raise FormatError(f"it changes {names_of(unknown)}, which its backbone does not have. The file is damaged")
+    if lacking := sorted(drawn - set(plain)):
+        raise FormatError(f"it lacks {names_of(lacking)}, and so do its backbone's files. The file is damaged")
+    weights = merge_lora({**body, **plain, **factors}, alpha)
+    return build_model(config, {"memory": tensors["memory"], **{f"backbone.{k}": v for k, v in weights.items()}})
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.Tensor]]:
@@ -100,6 +118,10 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.Tensor]]:
         raise FormatError(
             f"{path} is no delta of version {VERSION}; expected the delta.safetensors of an rmt-train run with --lora"
         )
-    if type(about["lora_alpha"]) not in (int, float) or not isinstance(about["backbone"], str):
-        raise FormatError(f"{path}: its metadata says lora_alpha {about['lora_alpha']!r}. The file is damaged")
+    alpha, backbone = about["lora_alpha"], about["backbone"]
+    if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA or not isinstance(backbone, str):
+        raise FormatError(
+            f"{path}: its metadata says lora_alpha {str(alpha)[:80]!r} and backbone {str(backbone)[:80]!r}; expected a number "
+            f"above 0 and the name of a backbone. The file is damaged"
+        )
     return about, tensors

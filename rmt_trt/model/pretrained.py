@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from torch import nn
 
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.files import read_bounded, sha256
-from rmt_trt.model.backbone import build_backbone, check_config
+from rmt_trt.model.backbone import build_backbone, check_config, outline
 from rmt_trt.model.files import names_of, read_object, read_stored, state_dict_of
 
 # Names for packages that carry weights: all-MiniLM-L6-v2, BERT of 6 layers, 384 wide, 22.7 million parameters.
@@ -32,7 +33,7 @@ class Base:
     weights    names and tensors as stored
     tokenizer  tokenizer.json's text, or None
     origin     the name or folder it was asked by
-    digest     SHA-256 of the file of weights, in hexadecimal; of several shards, of their index
+    digest     SHA-256 of the file of weights, in hexadecimal; of shards, that of the SHA-256 of their index and of each
     """
 
     config: dict[str, Any]
@@ -73,34 +74,49 @@ def load_base(name: str) -> Base:
     text = None
     if tokenizer.is_file():
         text = read_bounded(tokenizer, MAX_TOKENIZER_BYTES, "a tokenizer.json").decode("utf-8", errors="replace")
-    return Base(config, state_dict_of(stored), text, name, sha256(stored.path))
+    return Base(config, state_dict_of(stored), text, name, _digest(stored.path))
 
 
-def backbone_of(base: Base, form: str, changes: Mapping[str, Any]) -> nn.Module:
-    """The backbone with its pretrained weights and, where the files have none, a fresh head.
+def _digest(file: Path) -> str:
+    if not file.name.endswith(".index.json"):
+        return sha256(file)
+    shards = sorted(set(read_object(file)["weight_map"].values()))  # `read_stored` checked that they are plain names
+    parts = [sha256(part) for part in (file, *(file.parent / shard for shard in shards))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    `changes` are config values of this use (labels, dropout). Errors: FormatError when weights are missing that are no
+
+def backbone_of(base: Base, form: str, config: Mapping[str, Any]) -> tuple[nn.Module, frozenset[str]]:
+    """The backbone of a config with its pretrained weights, and the names that the files have none for, a head or a
+    pooler: these are drawn. Errors: as `stored_weights`.
+    """
+    found, drawn = stored_weights(base, form, config)
+    backbone = build_backbone(form, config)
+    backbone.load_state_dict(found, strict=False)
+    return backbone, drawn
+
+
+def stored_weights(base: Base, form: str, config: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+    """The stored weights by their names in the backbone of a config, and the names that there are none for.
+
+    Names and shapes are compared before memory is taken. Errors: FormatError when weights are missing that are no
     head's, ContractError for a config that is not supported.
     """
-    backbone = build_backbone(form, {**base.config, **changes})
-    prefix = str(backbone.base_model_prefix)
-    wanted = backbone.state_dict()
-    found = {}
+    empty = outline(form, config)
+    prefix = f"{empty.base_model_prefix}."
+    wanted = empty.state_dict(keep_vars=True)  # tied weights are one object under two names
+    stored = {}
     for name, tensor in base.weights.items():
-        for key in (name, f"{prefix}.{name}"):
+        for key in (name, f"{prefix}{name}"):
             if key in wanted and wanted[key].shape == tensor.shape:
-                found[key] = tensor.to(wanted[key].dtype)
-    tied = {
-        key for key, value in wanted.items() if any(value.data_ptr() == wanted[other].data_ptr() for other in found)
-    }
-    missing = [key for key in wanted if key.startswith(f"{prefix}.") and key not in tied and "pooler" not in key]
+                stored[id(wanted[key])] = tensor.to(wanted[key].dtype)
+    drawn = frozenset(key for key, value in wanted.items() if id(value) not in stored)
+    missing = sorted(key for key in drawn if key.startswith(prefix) and "pooler" not in key)
     if missing:
         raise FormatError(
             f"the weights of backbone {base.origin!r} do not fit its config: {len(missing)} are missing or of another "
             f"shape: {names_of(missing)}"
         )
-    backbone.load_state_dict(found, strict=False)
-    return backbone
+    return {key: stored[id(value)] for key, value in wanted.items() if id(value) in stored}, drawn
 
 
 def special_ids(tokenizer: str, origin: str) -> tuple[int, int, int]:

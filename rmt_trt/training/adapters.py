@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -12,22 +12,27 @@ from rmt_trt.model.lora import has_lora, merge_lora
 from rmt_trt.model.step import RMTModel, build_model
 
 
-def add_lora(model: RMTModel, rank: int, alpha: float) -> None:
+def add_lora(model: RMTModel, rank: int, alpha: float, drawn: Collection[str] = ()) -> None:
     """Puts LoRA factors round every linear layer of the backbone's body, and trains these, the memory, the head, norms
-    and biases; embeddings and the layers' own matrices stand still. Errors: EngineError, without peft."""
+    and biases; embeddings and the layers' own matrices stand still. Errors: EngineError, without peft.
+
+    Weights that were `drawn`, since the backbone's files have none for them, are trained themselves.
+    """
     peft = require("peft", "train", "LoRA")
     body = f"{model.backbone.base_model_prefix}."
     linear = [
         name
         for name, module in model.backbone.named_modules()
-        if name.startswith(body) and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        if name.startswith(body)
+        and f"{name}.weight" not in drawn
+        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
     ]
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear, lora_dropout=0.0)
     peft.inject_adapter_in_model(config, model.backbone)
     tied = model.backbone.get_input_embeddings().weight.data_ptr()  # type: ignore[operator]
     for name, parameter in model.backbone.named_parameters():
-        head = not name.startswith(body) and parameter.data_ptr() != tied
-        parameter.requires_grad_(head or parameter.ndim < 2 or "lora_" in name)
+        whole = name in drawn or (not name.startswith(body) and parameter.data_ptr() != tied)
+        parameter.requires_grad_(whole or parameter.ndim < 2 or "lora_" in name)
     model.memory.requires_grad_(True)
 
 
@@ -43,4 +48,4 @@ def merged(model: RMTModel, weights: dict[str, torch.Tensor], alpha: float) -> R
     if has_lora(body):
         body = merge_lora(body, alpha)
     whole = {"memory": weights["memory"], **{f"backbone.{name}": tensor for name, tensor in body.items()}}
-    return build_model(replace(model.config), whole)
+    return build_model(model.config, whole)

