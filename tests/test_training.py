@@ -193,6 +193,11 @@ def _change(path, **changes):
     torch.save({**value, **changes}, path)
 
 
+def test_a_batch_that_no_memory_holds_is_refused():
+    with pytest.raises(ContractError, match=r"has 4294967296 tokens; at most \d+ are made at a time"):
+        start(replace(TINY, batch=1 << 16, stages=(1, 4096)), CPU)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -206,6 +211,12 @@ def _change(path, **changes):
         ({"sources": {}}, r"was trained on \{\}; its options now name .*memorize,detect"),
         ({"curriculum": [1, 2, 3]}, "does not fit the run that its options describe"),
         ({"step": 10**6}, "stands at step 1000000 of 9"),
+        ({"max_segments": -5}, "and -5 segments; it was changed since it was written"),
+        ({"options": {**TINY.to_json(), "mixed": torch.ones(3)}}, "holds more than plain values in options"),
+        (
+            {"optimizer": {"state": {0: dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.ones(1))}}},
+            "its optimizer holds moments",
+        ),
     ],
 )
 def test_a_damaged_resume_file_is_refused(tmp_path, changes, message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,17 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import BertConfig, BertModel
+from safetensors.torch import load_file
+from small_bert import small_bert
 from typer.testing import CliRunner
 
 from rmt_trt.commands.train import app
-from rmt_trt.errors import ContractError, EngineError, FormatError
+from rmt_trt.errors import EngineError, FormatError
 from rmt_trt.model.checkpoint import load_model
-from rmt_trt.model.delta import load_delta, save_delta
-from rmt_trt.model.pretrained import find_base, load_base, special_ids
-from rmt_trt.training.adapters import plain
 from rmt_trt.training.loop import start, train
 from rmt_trt.training.options import TrainOptions
 from rmt_trt.training.resume import load_run, save_run
@@ -40,23 +35,7 @@ def losses(options, device=CPU):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pretrained BERT of one small layer, as Hugging Face saves it, with a tokenizer of its own."""
-    where = tmp_path_factory.mktemp("base")
-    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = "Daniel John Mary Sandra bathroom bedroom garden hallway kitchen office went moved travelled journeyed back to the Where is"
-    tokenizer.train_from_iterator(
-        [*TEXT.read_text().splitlines(), words], trainers.WordLevelTrainer(special_tokens=special)
-    )
-    tokenizer.save(str(where / "tokenizer.json"))
-    torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=40, hidden_dropout_prob=0.1,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(where)
-    return where
+    return small_bert(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -122,110 +101,49 @@ def test_lora_trains_factors_memory_head_norms_and_biases_alone(pretrained, fold
     assert torch.equal(kept, stored["encoder.layer.0.attention.self.query.weight"])
 
 
-def test_a_pretrained_backbone_fills_its_positions_and_brings_its_special_tokens(pretrained, folder):
-    run = start(pretrained, CPU)
-    config = run.model.config
-    assert config.positions == 40
-    assert (config.prefix_ids, config.middle_ids, config.pad_id) == ((2,), (3,), 0)
-    assert config.dropped_ids == (0, 2, 3)
-    assert config.id2label == run.task.labels
-    assert config.backbone["hidden_dropout_prob"] == 0.0
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    assert run.task.vocab_size <= tokenizer.get_vocab_size() == config.vocab_size
+def test_segments_computed_again_drop_out_the_same(pretrained):
+    options = replace(pretrained, dropout=0.3, memory_noise=0.2, learning_rate=1e-2, stages=(3,))
+    again = losses(replace(options, checkpointing=True))
+    assert [loss for _, loss, _ in again] == pytest.approx([loss for _, loss, _ in losses(options)], abs=1e-4)
 
 
-def test_a_delta_and_its_base_are_the_trained_model_again(pretrained, folder, tmp_path):
-    run = start(pretrained, CPU)
-    list(train(run))
-    save_delta(tmp_path / "delta.safetensors", run.model, run.base, run.options.lora_alpha)
-    model, tokenizer = load_delta(tmp_path / "delta.safetensors")
-    trained = plain(run.model, run.options.lora_alpha)
-    assert tokenizer == (folder / "tokenizer.json").read_text()
-    assert model.config == trained.config
-    segments = torch.randint(4, 60, (3, 5, model.config.segment_length))
-    memory = one = model.memory[None].expand(5, -1, -1)
-    with torch.no_grad():
-        for segment in segments:
-            memory, logits = model(memory, segment)
-            one, expected = trained(one, segment)
-        start_logits = start(pretrained, CPU).model(model.memory[None].expand(5, -1, -1), segments[0])[1]
-    assert torch.allclose(logits, expected, atol=1e-4)
-    assert (logits - start_logits).abs().max() > 1e-3
+ONE_RUN = """
+import sys
+from pathlib import Path
+import torch
+from rmt_trt.training.loop import start, train
+from rmt_trt.training.options import TrainOptions
+from rmt_trt.training.resume import load_run, save_run
+torch.set_num_threads(1)
+folder, text, file = sys.argv[1:]
+run = start(TrainOptions(
+    backbone=folder, text=text, form="encoder", lora=4, num_memory=2, stages=(1, 3), threshold=0.0, patience=1, steps=6,
+    eval_every=2, eval_rows=8, batch=8, accumulate=2, checkpointing=True, dtype="bf16", dropout=0.2, memory_noise=0.2, bptt=2,
+), torch.device("cpu"))
+for report in train(run):
+    if report is not None:
+        print(report.step, report.segments, report.loss, report.accuracy)
+        if file and report.step == 2:
+            save_run(Path(file), run)
+            break
+for report in train(load_run(Path(file), torch.device("cpu"))) if file else ():
+    if report is not None:
+        print(report.step, report.segments, report.loss, report.accuracy)
+"""
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda tensors, about: tensors.pop("memory"), "is no delta of version 1"),
-        (lambda tensors, about: about.update(version=2), "is no delta of version 1"),
-        (lambda tensors, about: about.update(digest="0" * 64), "belongs to weights of backbone"),
-        (lambda tensors, about: about.update(lora_alpha="4"), "lora_alpha '4'"),
-        (lambda tensors, about: about.update(backbone="nowhere"), "neither 'fresh' nor one of"),
-        (lambda tensors, about: tensors.update({"backbone.evil.weight": torch.ones(2)}), "backbone does not have"),
-        (lambda tensors, about: tensors.update({"memory": torch.ones(3, 5)}), "memory is"),
-        (
-            lambda tensors, about: tensors.pop(next(name for name in tensors if ".lora_A." in name)),
-            "lacks lora_A",
-        ),
-    ],
-)
-def test_a_delta_that_was_changed_is_refused(pretrained, tmp_path, spoil, message):
-    path = tmp_path / "delta.safetensors"
-    run = start(pretrained, CPU)
-    save_delta(path, run.model, run.base, 8.0)
-    from safetensors import safe_open
+def test_another_process_has_the_same_losses_also_when_it_resumes(folder, tmp_path):
+    def begun(file, seed):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", ONE_RUN, str(folder), str(TEXT), file]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        )
 
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["rmt_trt_delta"])
-    tensors = load_file(path)
-    spoil(tensors, about)
-    save_file(tensors, path, metadata={"rmt_trt_delta": json.dumps(about)})
-    with pytest.raises((FormatError, ContractError), match=message):
-        load_delta(path)
-
-
-def test_what_is_no_delta_is_refused(tmp_path):
-    with pytest.raises(FormatError, match="does not exist"):
-        load_delta(tmp_path / "none.safetensors")
-    (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(FormatError, match="cannot be read as safetensors"):
-        load_delta(tmp_path / "text.safetensors")
-    save_file({"memory": torch.ones(1)}, tmp_path / "plain.safetensors")
-    with pytest.raises(FormatError, match="is no delta"):
-        load_delta(tmp_path / "plain.safetensors")
-
-
-def test_weights_that_lack_a_layer_are_refused(folder, pretrained, tmp_path):
-    for name in ("config.json", "tokenizer.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("encoder.layer.0.output.dense.weight")
-    save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(FormatError, match=r"1 are missing or of another shape: .*output\.dense\.weight"):
-        start(replace(pretrained, backbone=str(tmp_path)), CPU)
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ContractError, match="has no tokenizer"):
-        start(replace(pretrained, backbone=str(tmp_path)), CPU)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(FormatError, match=r"has no config\.json"):
-        load_base(str(tmp_path))
-
-
-def test_segments_that_do_not_fit_the_positions_are_refused(pretrained):
-    with pytest.raises(ContractError, match="the backbone's table holds 40"):
-        start(replace(pretrained, segment_length=36), CPU)
-
-
-def test_the_packaged_minilm_is_read_with_its_tokenizer():
-    base = load_base("minilm")
-    assert base.config["hidden_size"] == 384
-    assert special_ids(base.tokenizer, base.origin) == (101, 102, 0)
-    options = TrainOptions(backbone="minilm", text=str(TEXT), lora=2, batch=2, eval_rows=2, steps=1, stages=(1,))
-    run = start(options, CPU)
-    assert run.model.config.segment_length == 512 - 10 - 3
-    kept = run.model.backbone.get_input_embeddings().weight
-    assert torch.equal(kept, base.weights["embeddings.word_embeddings.weight"])
-    assert find_base("minilm").name == "model"
+    first, second = begun("", "1"), begun(str(tmp_path / "resume.pt"), "2")
+    out, error = first.communicate(timeout=120)
+    assert len(out.splitlines()) == 3, error
+    assert second.communicate(timeout=120)[0] == out
 
 
 def test_a_resumed_run_with_adapters_has_the_same_losses(pretrained, tmp_path):
@@ -245,8 +163,18 @@ def test_a_text_that_changed_is_refused_when_a_run_goes_on(pretrained, tmp_path)
     run = start(replace(pretrained, text=str(text)), CPU)
     save_run(tmp_path / "resume.pt", run)
     text.write_bytes(TEXT.read_bytes() + b" One more sentence stands here.\n")
-    with pytest.raises(FormatError, match="Put the same text and backbone back"):
+    with pytest.raises(FormatError, match="Put the same text, tokenizer and backbone back"):
         load_run(tmp_path / "resume.pt", CPU)
+
+
+def test_a_tokenizer_that_changed_is_refused_when_a_run_goes_on(folder, tmp_path):
+    tokenizer, path = tmp_path / "tokenizer.json", tmp_path / "resume.pt"
+    tokenizer.write_bytes((folder / "tokenizer.json").read_bytes())
+    save_run(path, start(replace(TINY, text=str(TEXT), tokenizer=str(tokenizer)), CPU))
+    assert load_run(path, CPU).step == 0
+    tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
+    with pytest.raises(FormatError, match="Put the same text, tokenizer and backbone back"):
+        load_run(path, CPU)
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_and_the_file_to_resume_from_is_older(tmp_path, monkeypatch):

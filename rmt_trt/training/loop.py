@@ -7,6 +7,7 @@ Face Accelerate carries it to several GPUs and to bfloat16; `accelerate launch -
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -34,8 +35,8 @@ TRAINING, EVALUATION, LENGTHS, NOISE = 0, 1, 2, 3
 class Run:
     """A training run between two steps: everything that the next step depends on.
 
-    `unrolled` is the model as Accelerate prepared it; `model` is the same weights. `sources` says what task and
-    pretrained weights really were, with their SHA-256.
+    `unrolled` is the model as Accelerate prepared it; `model` is the same weights. `sources` says what task, tokenizer
+    and pretrained weights really were, with their SHA-256.
     """
 
     options: TrainOptions
@@ -64,7 +65,8 @@ class Report:
 
 
 def start(options: TrainOptions, device: torch.device) -> Run:
-    """A run at step 0, its weights drawn from the seed. Errors: ContractError, FormatError, EngineError without accelerate."""
+    """A run at step 0, its weights drawn from the seed. Errors: ContractError, FormatError, EngineError without accelerate,
+    or where this process began to train with another dtype or device."""
     task, base = open_options(options)
     model = start_model(options, task, base)
     accelerator = _accelerator(options, device)
@@ -76,7 +78,8 @@ def start(options: TrainOptions, device: torch.device) -> Run:
         )
     model = model.to(accelerator.device)
     optimizer = make_optimizer(model, options)
-    sources = {"task": task.describe(), "backbone": base.digest if base else ""}
+    tokenizer = hashlib.sha256(task.tokenizer.encode()).hexdigest()
+    sources = {"task": task.describe(), "backbone": base.digest if base else "", "tokenizer": tokenizer}
     unrolled = Unrolled(model, options.bptt, options.memory_noise, options.checkpointing)
     return Run(options, task, model, accelerator.prepare(unrolled), optimizer, accelerator, base, sources)
 
@@ -86,11 +89,14 @@ def _accelerator(options: TrainOptions, device: torch.device) -> Any:
     # Where gradients end before a document's first segment, none reaches the first memory.
     ends = 0 < options.bptt < options.stages[-1]
     unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=ends)
-    return accelerate.Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="bf16" if options.dtype == "bf16" else "no",
-        kwargs_handlers=[unused],
-    )
+    try:
+        return accelerate.Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="bf16" if options.dtype == "bf16" else "no",
+            kwargs_handlers=[unused],
+        )
+    except ValueError as err:  # its state belongs to the process
+        raise EngineError(f"Accelerate cannot train here with {options.dtype} on {device.type}: {err}") from err
 
 
 def make_optimizer(model: RMTModel, options: TrainOptions) -> torch.optim.AdamW:
@@ -157,7 +163,7 @@ def train_step(run: Run, batch: Batch) -> torch.Tensor:
             loss = nn.functional.cross_entropy(run.unrolled(segments), _targets(run, wanted)) / len(parts)
             run.accelerator.backward(loss)
         total += loss.detach()
-    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), options.clip)
+    norm: torch.Tensor = run.accelerator.clip_grad_norm_(run.model.parameters(), options.clip)
     for group in run.optimizer.param_groups:
         group["lr"] = options.learning_rate_at(run.step)
     run.optimizer.step()
