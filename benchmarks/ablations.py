@@ -4,7 +4,8 @@
 
 Each variant is one run of rmt-train with all else at its defaults: 4 layers, width 128, segments of 128 tokens,
 synthetic memorize and detect. Then every model answers the same questions in PyTorch, at lengths that it was trained
-on and beyond. Runs that are there are not made again. Writes ablations.json, ablations.md and ablations.png.
+on and beyond. Runs that are there are not made again, if their flags are the same. Writes ablations.json,
+ablations.md and ablations.png.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def main(
     def work(item: tuple[Variant, int]) -> Outcome:
         variant, seed = item
         folder = out / _folder(variant, seed)
-        _train(folder, [*variant.flags, "--steps", str(steps), "--seed", str(seed), "--device", where, *extra.split()])
+        _train(folder, [*variant.flags, "--steps", str(steps), "--seed", str(seed), *extra.split()], where)
         outcome = measure(folder, variant.name, seed, numbers, count, where)
         screen.print(f"{variant.name}, seed {seed}: {_line(outcome)}", markup=False, highlight=False)
         return outcome
@@ -130,16 +131,25 @@ def _folder(variant: Variant, seed: int) -> str:
     return f"{kept}-seed{seed}"
 
 
-def _train(folder: Path, flags: list[str]) -> None:
-    """One run of rmt-train in a process of its own; one that ended is left, one that was broken off goes on."""
-    if (folder / "ended").exists():
+def _train(folder: Path, flags: list[str], device: str) -> None:
+    """One run of rmt-train in a process of its own; one that ended is left, one that was broken off goes on.
+
+    Errors: ContractError, where a run with other flags is; EngineError, when training fails.
+    """
+    begun, ended, asked = (folder / name for name in ("resume.pt", "ended", "flags.json"))
+    said = json.dumps(flags).encode()
+    if begun.exists() and not (asked.exists() and asked.read_bytes() == said):
+        raise ContractError(f"{folder} holds a run with other flags than {' '.join(flags)!r}. Choose another folder")
+    if ended.exists():
         return
-    rest = ["--resume"] if (folder / "resume.pt").exists() else flags
-    command = [sys.executable, "-m", "rmt_trt.commands.train", str(folder), *rest]
+    folder.mkdir(exist_ok=True)
+    write_file(asked, said)
+    rest = ["--resume"] if begun.exists() else flags
+    command = [sys.executable, "-m", "rmt_trt.commands.train", str(folder), *rest, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
     if done.returncode:
         raise EngineError(f"training in {folder} failed: {(done.stderr or done.stdout).strip()[-400:]}")
-    write_file(folder / "ended", b"")
+    write_file(ended, b"")
 
 
 def measure(folder: Path, name: str, seed: int, numbers: Sequence[int], count: int, device: str) -> Outcome:
@@ -158,9 +168,9 @@ def measure(folder: Path, name: str, seed: int, numbers: Sequence[int], count: i
     right = {result.segments: result.right / result.questions for result in recall(run.model, questions)}
     rows = read_metrics(folder / "metrics.csv")
     stages = len(run.options.stages)
-    ended = [int(row["step"]) for row in rows if int(row["stage"]) == stages]
-    # The first row that stands at the last stage was measured one evaluation after it was passed.
-    steps = ended[0] - run.options.eval_every if ended else None
+    # A row says at which stage it was measured: the last one below `stages` is that at which all were passed.
+    below = [int(row["step"]) for row in rows if int(row["stage"]) < stages]
+    steps = below[-1] if run.curriculum.finished(run.options) else None
     return Outcome(name, seed, run.curriculum.stage, stages, steps, right)
 
 
