@@ -156,7 +156,8 @@ def test_a_loss_that_is_no_number_ends_the_run():
     with torch.no_grad():
         run.model.memory.fill_(float("nan"))
     with pytest.raises(
-        EngineError, match=r"training diverged: the loss is nan in the steps up to 3\. Lower --learning-rate"
+        EngineError,
+        match=r"training diverged: the loss is nan in the steps up to 3\. Start a new run with a lower --learn",
     ):
         _run_to(run, 9)
 
@@ -280,6 +281,7 @@ def test_the_command_refuses_bad_options(tmp_path, flags, error, message):
     result = CliRunner().invoke(app, [str(tmp_path / "run"), *flags])
     assert isinstance(result.exception, error)
     assert message in str(result.exception)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_does_not_train_over_another_run(tmp_path):

@@ -177,6 +177,17 @@ def test_a_tokenizer_that_changed_is_refused_when_a_run_goes_on(folder, tmp_path
         load_run(path, CPU)
 
 
+def test_a_device_without_enough_memory_says_what_takes_less(tmp_path, monkeypatch):
+    def full(run, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
+
+    monkeypatch.setattr("rmt_trt.training.loop.train_step", full)
+    result = CliRunner().invoke(app, [str(tmp_path / "run"), "--layers", "1", "--steps", "1", "--device", "cpu"])
+    assert isinstance(result.exception, EngineError)
+    assert "(CUDA out of memory. Tried to allocate 2 GiB.)" in str(result.exception)
+    assert "(--accumulate), with segments computed again (--checkpointing)" in str(result.exception)
+
+
 def test_a_gradient_that_is_no_number_ends_the_run_and_the_file_to_resume_from_is_older(tmp_path, monkeypatch):
     from rmt_trt.training import loop
 
@@ -195,7 +206,8 @@ def test_a_gradient_that_is_no_number_ends_the_run_and_the_file_to_resume_from_i
     result = CliRunner().invoke(app, [str(tmp_path / "run"), *flags.split(), "--eval-every", "2", "--device", "cpu"])
     assert isinstance(result.exception, EngineError)
     assert "training diverged: the loss is nan in the steps up to 6" in str(result.exception)
-    assert "is the run as it was at the last evaluation before" in str(result.exception)
+    assert "is the run as it was when it was last saved" in str(result.exception)
+    assert torch.get_float32_matmul_precision() == "highest"
     assert torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["step"] == 4
     assert load_model(tmp_path / "run" / "model.pt")
 

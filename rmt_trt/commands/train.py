@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from rmt_trt.commands.app import Debug, Version, new_app, run_command
 from rmt_trt.errors import ContractError, EngineError, FormatError, require
+from rmt_trt.files import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -215,7 +217,10 @@ def _refuse_changes(context: typer.Context) -> None:
 
 
 def _open(out: Path, options: TrainOptions | None, device: torch.device) -> Run:
-    """A new run in a folder that holds none, or without options the run that the folder holds."""
+    """A new run in a folder that holds none, or without options the run that the folder holds.
+
+    A folder that was made for a run that is refused is taken away again.
+    """
     from rmt_trt.commands.train_view import MODEL, RESUME
     from rmt_trt.training.loop import start
     from rmt_trt.training.resume import load_run
@@ -224,11 +229,19 @@ def _open(out: Path, options: TrainOptions | None, device: torch.device) -> Run:
         return load_run(out / RESUME, device)
     if held := [name for name in (RESUME, MODEL) if (out / name).exists()]:
         raise FormatError(f"{out} holds {held[0]} of another run. Go on with it (--resume), or choose another folder")
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise FormatError(f"the folder {out} cannot be made: {err.strerror}. Choose another place") from err
-    return start(options, device)
+    check_folder(out, "the run's files go")
+    try:
+        return start(options, device)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def main() -> None:

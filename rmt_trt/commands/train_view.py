@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -56,20 +56,34 @@ def _run(out: Path, run: Run, questions: dict[str, list[Question]], minutes: flo
             start_metrics(out / METRICS, run.step)
             save_run(out / RESUME, run)  # where a run stands that fails before its first evaluation
         # TF32: the weights need no more than that while they move; what is measured afterwards is full float32.
-        torch.set_float32_matmul_precision("high")
-        ended = _steps(out, run, screen, say, minutes)
-        torch.set_float32_matmul_precision("highest")
+        with _matmul_precision("high"):
+            ended = _steps(out, run, screen, say, minutes)
         if not ended:
             say(f"stopped after {minutes:g} minutes at step {run.step} of {run.options.steps}. Go on with --resume")
         elif leads:
             _finish(out, run, questions, say)
     except KeyboardInterrupt:
-        say(f"stopped at step {run.step}. Go on with --resume")
+        say(f"stopped at step {run.step}. --resume goes on from where the run was last saved")
         raise
+    except torch.OutOfMemoryError as err:
+        raise EngineError(
+            f"the device has too little memory for this run ({str(err).splitlines()[0]}). Start it anew in another folder, in "
+            f"more parts (--accumulate), with segments computed again (--checkpointing) or a smaller --batch"
+        ) from err
     except EngineError as err:
-        raise EngineError(f"{err}. {out / RESUME} is the run as it was at the last evaluation before") from err
+        raise EngineError(f"{err}. {out / RESUME} is the run as it was when it was last saved, before that") from err
     except OSError as err:
         raise FormatError(f"cannot write to {out}: {err}. Free some space, then go on with --resume") from err
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _steps(out: Path, run: Run, screen: Console, say: Say, minutes: float | None) -> bool:

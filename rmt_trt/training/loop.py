@@ -126,8 +126,8 @@ def train(run: Run) -> Iterator[Report | None]:
             loss = float(run.accelerator.reduce(total, "mean")) / since
             if not abs(loss) < float("inf"):
                 raise EngineError(
-                    f"training diverged: the loss is {loss} in the steps up to {run.step}. Lower --learning-rate "
-                    f"({options.learning_rate:g}) or --clip ({options.clip:g})"
+                    f"training diverged: the loss is {loss} in the steps up to {run.step}. Start a new run with a lower "
+                    f"--learning-rate (it was {options.learning_rate:g}) or --clip ({options.clip:g})"
                 )
             total, since = torch.zeros_like(total), 0
             segments, stage = run.curriculum.segments(options), run.curriculum.stage
