@@ -218,8 +218,15 @@ def draw(path: Path, outcomes: Sequence[Outcome]) -> None:
     axes.axhline(100 * CHANCE, color="grey", linestyle=":", label="chance")
     axes.axvline(CURRICULUM[-1], color="grey", linewidth=0.8)
     axes.annotate("longest trained", (CURRICULUM[-1], 2), fontsize=8, rotation=90, ha="right", color="grey")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="segments of 128 tokens", ylabel="right answers, %", ylim=(0, 103))
+    axes.set_xscale("log")
+    ticks = list(outcomes[0].right)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(
+        xlabel="number of segments (of 128 tokens each), logarithmic",
+        ylabel="questions answered right, %",
+        ylim=(0, 103),
+    )
     axes.grid(True, alpha=0.25)
     axes.legend(fontsize=8, loc="center right")
     figure.savefig(path, dpi=110)
