@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_bert import small_bert
-from texts import EXCERPT
+from texts import EXCERPT, byte_tokenizer
 from tokenizers import Tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.model.delta import load_delta, save_delta
@@ -146,6 +148,25 @@ def test_the_packaged_minilm_is_read_with_its_tokenizer():
     kept = run.model.backbone.get_input_embeddings().weight
     assert torch.equal(kept, base.weights["embeddings.word_embeddings.weight"])
     assert find_base("minilm").name == "model"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_and_its_delta_are_the_trained_model_again(tmp_path, tied):
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 1300, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 40}
+    GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=tied)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = start(replace(TINY, backbone=str(tmp_path), form="decoder", learning_rate=1e-2), CPU)
+    list(train(run))
+    assert run.model.backbone.lm_head.weight.requires_grad != tied
+    save_delta(tmp_path / "delta.safetensors", run.model, run.base, run.options.lora_alpha)
+    model, _ = load_delta(tmp_path / "delta.safetensors")
+    segments = torch.randint(4, 60, (3, 5, model.config.segment_length))
+    found, first = logits_of(model, segments), logits_of(start(run.options, CPU).model.eval(), segments)
+    assert torch.allclose(found, logits_of(plain(run.model, 8.0), segments), atol=1e-3)
+    assert (found - first).abs().max() > 0.02
 
 
 def test_a_layer_that_the_files_have_no_weights_for_is_trained_and_kept_whole(tmp_path):

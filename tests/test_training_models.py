@@ -240,3 +240,7 @@ def test_two_processes_train_as_one(tmp_path):
         assert one[:3] == two[:3]
         assert float(one[3]) == pytest.approx(float(two[3]), abs=1e-4)
         assert float(one[4]) == pytest.approx(float(two[4]), abs=0.04)
+
+
+def test_a_fresh_backbone_drops_out_too():
+    assert losses(replace(TINY, dropout=0.3)) != losses(TINY)

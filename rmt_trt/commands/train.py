@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,7 +84,7 @@ def train(
     lora_alpha: Annotated[
         float, typer.Option(help="LoRA's scale is alpha / rank.", rich_help_panel=MODEL_PANEL)
     ] = 32.0,
-    dropout: Annotated[float, typer.Option(help="Of a pretrained backbone.", rich_help_panel=MODEL_PANEL)] = 0.0,
+    dropout: Annotated[float, typer.Option(help="Of the backbone.", rich_help_panel=MODEL_PANEL)] = 0.0,
     stages: Annotated[
         str, typer.Option(help="Largest number of segments of each stage.", rich_help_panel=CURRICULUM_PANEL)
     ] = "1,2,3,4,5,7,12",
@@ -159,6 +159,8 @@ def train(
     else:
         values = {field.name: context.params[field.name] for field in fields(TrainOptions)}
         options = TrainOptions(**{**values, "stages": _numbers(stages), "part": _shares(part)})
+        if not options.fresh and (given := _given(context, ("layers", "width", "heads"))):
+            raise ContractError(f"{given} is for a fresh backbone; {backbone!r} has its own sizes. Leave it out")
     if options is not None:
         _check_questions(asked, options)
     run = _open(out, options, where)
@@ -207,13 +209,14 @@ def _check_questions(asked: Collection[str], options: TrainOptions) -> None:
 def _refuse_changes(context: typer.Context) -> None:
     """With --resume the run's own options hold: a changed one would make another run of it."""
     free = ("out", "resume", "device", "minutes", "questions", "debug", "version")
-    given = [
-        "--" + name.replace("_", "-")
-        for name in context.params
-        if name not in free and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if given:
-        raise ContractError(f"--resume goes on with the run's own options; leave out {', '.join(given)}")
+    if given := _given(context, [name for name in context.params if name not in free]):
+        raise ContractError(f"--resume goes on with the run's own options; leave out {given}")
+
+
+def _given(context: typer.Context, names: Sequence[str]) -> str:
+    """Those of some options that stand on the command line."""
+    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    return ", ".join("--" + name.replace("_", "-") for name in given)
 
 
 def _open(out: Path, options: TrainOptions | None, device: torch.device) -> Run:

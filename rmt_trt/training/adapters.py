@@ -20,14 +20,15 @@ def add_lora(model: RMTModel, rank: int, alpha: float, drawn: Collection[str] = 
     """
     peft = require("peft", "train", "LoRA")
     body = f"{model.backbone.base_model_prefix}."
-    linear = [
-        name
+    linear = {
+        name: module
         for name, module in model.backbone.named_modules()
         if name.startswith(body)
         and f"{name}.weight" not in drawn
         and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    ]
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear, lora_dropout=0.0)
+    }
+    transposed = any(not isinstance(module, nn.Linear) for module in linear.values())  # GPT-2's, and all of them
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(linear), fan_in_fan_out=transposed)
     peft.inject_adapter_in_model(config, model.backbone)
     tied = model.backbone.get_input_embeddings().weight.data_ptr()  # type: ignore[operator]
     for name, parameter in model.backbone.named_parameters():

@@ -31,7 +31,7 @@ class TrainOptions:
     num_memory    memory vectors; 0 is a model that forgets each segment, for comparison
     lora          rank of LoRA on every linear layer, with memory, head, norms and biases trained; 0 trains everything
     lora_alpha    its scale is alpha / rank
-    dropout       of a pretrained backbone
+    dropout       of the backbone, everywhere that its kind has one
     stages        the curriculum: the largest number of segments of each stage, rising
     mixed         every other batch has any number of segments up to the stage's; otherwise all have the stage's
     threshold     share of right answers at a stage's largest number of segments that passes the stage
@@ -115,6 +115,8 @@ class TrainOptions:
             raise ContractError(
                 f"a batch of {self.batch} documents cannot be computed in {self.accumulate} equal parts; choose a divisor"
             )
+        if self.lean and "reasoning" not in self.task:
+            raise ContractError(f"lean turns questions of reasoning; task {self.task!r} has none. Leave --lean out")
         if not self.fresh and not self.text:
             raise ContractError(
                 f"backbone {self.backbone!r} reads text with its own tokenizer; give a background text (--text FILE). The "

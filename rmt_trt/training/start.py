@@ -96,9 +96,9 @@ def fresh_config(options: TrainOptions, task: Task) -> ModelConfig:
             "n_layer": options.layers,
             "n_head": options.heads,
             "n_positions": config.positions,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
+            "resid_pdrop": options.dropout,
+            "embd_pdrop": options.dropout,
+            "attn_pdrop": options.dropout,
             "bos_token_id": None,
             "eos_token_id": None,
         }
@@ -110,8 +110,8 @@ def fresh_config(options: TrainOptions, task: Task) -> ModelConfig:
         "num_attention_heads": options.heads,
         "intermediate_size": 4 * options.width,
         "max_position_embeddings": config.positions,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": options.dropout,
+        "attention_probs_dropout_prob": options.dropout,
         "pad_token_id": config.pad_id,
         "num_labels": len(task.labels),
     }
