@@ -77,7 +77,7 @@ def train(
     lora: Annotated[
         int,
         typer.Option(
-            help="Rank of LoRA, with memory, head, norms and biases trained too; 0 trains all weights.",
+            help="Rank of LoRA, with memory, a classifier's head, norms and biases trained too; 0 trains all weights.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = 0,

@@ -9,12 +9,14 @@ from torch import nn
 
 from rmt_trt.errors import require
 from rmt_trt.model.lora import has_lora, merge_lora
-from rmt_trt.model.step import RMTModel, build_model
+from rmt_trt.model.step import EncoderStep, RMTModel, build_model
 
 
 def add_lora(model: RMTModel, rank: int, alpha: float, drawn: Collection[str] = ()) -> None:
-    """Puts LoRA factors round every linear layer of the backbone's body, and trains these, the memory, the head, norms
-    and biases; embeddings and the layers' own matrices stand still. Errors: EngineError, without peft.
+    """Puts LoRA factors round every linear layer of the backbone's body, and trains these, the memory, a classifier's head,
+    norms and biases; embeddings, the layers' own matrices and a language model's head stand still.
+
+    Errors: EngineError, without peft.
 
     Weights that were `drawn`, since the backbone's files have none for them, are trained themselves.
     """
@@ -30,9 +32,9 @@ def add_lora(model: RMTModel, rank: int, alpha: float, drawn: Collection[str] = 
     transposed = any(not isinstance(module, nn.Linear) for module in linear.values())  # GPT-2's, and all of them
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(linear), fan_in_fan_out=transposed)
     peft.inject_adapter_in_model(config, model.backbone)
-    tied = model.backbone.get_input_embeddings().weight.data_ptr()  # type: ignore[operator]
     for name, parameter in model.backbone.named_parameters():
-        whole = name in drawn or (not name.startswith(body) and parameter.data_ptr() != tied)
+        # A language model's head may hold more weights than all that is trained: it is the vocabulary's, not the task's.
+        whole = name in drawn or (isinstance(model, EncoderStep) and not name.startswith(body))
         parameter.requires_grad_(whole or parameter.ndim < 2 or "lora_" in name)
     model.memory.requires_grad_(True)
 

@@ -29,7 +29,7 @@ class TrainOptions:
     layers, width, heads   of a fresh backbone
     segment_length   text tokens in a full segment; 0: 128 of a fresh backbone, all that a pretrained one holds
     num_memory    memory vectors; 0 is a model that forgets each segment, for comparison
-    lora          rank of LoRA on every linear layer, with memory, head, norms and biases trained; 0 trains everything
+    lora          rank of LoRA on every linear layer, with memory, a classifier's head, norms and biases trained; 0 trains everything
     lora_alpha    its scale is alpha / rank
     dropout       of the backbone, everywhere that its kind has one
     stages        the curriculum: the largest number of segments of each stage, rising

@@ -94,7 +94,11 @@ def tell(of_kind: dict[str, tuple[Story, ...]], words: RunningText) -> dict[str,
             other = seen.setdefault((one.facts, one.question), story)
             if other.label != story.label:
                 raise ContractError(
-                    f"the tokenizer gives {' '.join(other.facts)!r} and {' '.join(story.facts)!r} the same ids, and their "
-                    "answers differ; use one that knows these words"
+                    f"the tokenizer gives {_said(other)!r} and {_said(story)!r} the same ids, and their answers differ; use one "
+                    "that knows these words"
                 )
     return told
+
+
+def _said(story: Story) -> str:
+    return " ".join((*story.facts, story.question))
