@@ -35,6 +35,7 @@ app = new_app()
 CURRICULUM = (1, 2, 3, 4, 5, 7)
 FIRST_SEED = 5_000_000  # beyond the seeds of training and of the example's own questions
 CHANCE = 1 / 6
+MAX_SEED, MAX_SEGMENTS, MAX_COUNT = (1 << 31) - 1, 1 << 20, 100_000
 NOT_EXTRA = ("--form", "--text", "--backbone", "--resume")
 
 
@@ -84,7 +85,7 @@ def main(
     segments: Annotated[
         str, typer.Option(help="Numbers of segments that are asked about.")
     ] = "1,2,4,7,12,16,64,256,1024",
-    count: Annotated[int, typer.Option(min=2, help="Questions at each.")] = 200,
+    count: Annotated[int, typer.Option(min=2, max=MAX_COUNT, help="Questions at each.")] = 200,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 600,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -93,12 +94,16 @@ def main(
     """Trains every variant, asks every model, and writes one table and one plot."""
     from rmt_trt.commands.train import pick_device
 
-    sizes, numbers = whole_numbers("--memory", memory), whole_numbers("--segments", segments)
-    every_seed = whole_numbers("--seeds", seeds)
-    if not numbers or min(numbers) < 1 or not every_seed:
-        raise ContractError(
-            f"--segments is {segments!r} and --seeds {seeds!r}; expected at least one number each, segments of at least 1"
-        )
+    sizes = tuple(dict.fromkeys(whole_numbers("--memory", memory)))
+    numbers = whole_numbers("--segments", segments)
+    every_seed = tuple(dict.fromkeys(whole_numbers("--seeds", seeds)))
+    for flag, given, least, most in (
+        ("--memory", sizes, 0, 1024),
+        ("--seeds", every_seed, 0, MAX_SEED),
+        ("--segments", numbers, 1, MAX_SEGMENTS),
+    ):
+        if not given or not least <= min(given) <= max(given) <= most:
+            raise ContractError(f"{flag} is {given}; expected one number or several, each from {least} to {most}")
     if own := [flag for flag in extra.split() if flag.partition("=")[0] in NOT_EXTRA]:
         raise ContractError(
             f"--extra holds {own[0]}; what is compared are classifiers of synthetic words, each trained from the start. "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 
 from rmt_trt import FormatError
@@ -20,7 +21,8 @@ from rmt_trt.evaluation.rows import FORMAT, RESULTS, Row, read_results
 from rmt_trt.files import sole_user
 from rmt_trt.training.questions import make_questions, save_questions
 from rmt_trt.training.records import read_metrics
-from rmt_trt.training.tasks.words import PLACES
+from rmt_trt.training.tasks.background import Background
+from rmt_trt.training.tasks.words import ID, PLACES, tokenizer_json
 
 TEXT = Path(__file__).parent / "data" / "coriolanus.txt"
 SMALL = (
@@ -52,6 +54,11 @@ def command(
     return call
 
 
+def files() -> list[Path]:
+    """What lies in the working folder, but for empty folders."""
+    return sorted(path for path in Path().rglob("*") if path.is_file())
+
+
 BAD: dict[str, tuple[str, str]] = {
     "minutes without an end": (f"rmt-train out {FLAGS} --minutes inf", "--minutes is inf; expected a number of minutes"),
     "questions for a decoder": (
@@ -69,9 +76,15 @@ BAD: dict[str, tuple[str, str]] = {
         "rmt-analyze m.rmt --task detect --attention 1000000000", "--attention is 1000000000; a fact, noise and the"
     ),
     "a part of tokens": ("rmt-analyze m.rmt --tokens t.txt --part 0:0.5", "--text, --part and --place go with --task"),
-    "ablations of no seed": ("ablations out --seeds ,", "--segments is '1,2,4,7,12,16,64,256,1024' and --seeds ','"),
+    "ablations of no seed": ("ablations out --seeds ,", "--seeds is (); expected one number or several"),
     "ablations of words": ("ablations out --seeds one", "--seeds is 'one'; expected whole numbers with commas"),
-    "ablations of 0 segments": ("ablations out --segments 0", "--segments is '0' and --seeds '0'; expected at least"),
+    "ablations of 0 segments": ("ablations out --segments 0", "--segments is (0,); expected one number or several"),
+    "ablations of huge memory": ("ablations out --memory 1,5000", "--memory is (1, 5000); expected one number or several"),
+    "more documents than are followed": (
+        "rmt-analyze m.rmt --task detect --documents 1000000 --segments 1 --engine cpu",
+        "1000000 documents have 1,000,000 segments in all",
+    ),
+    "an array of one number": ("rmt-analyze m.rmt --tokens one.npy", "tokens have shape (); expected 1-D"),
     "ablations into a file": ("ablations t.txt", "cannot write t.txt: File exists"),
     "ablations of decoders": ("ablations out --extra=--form=decoder", "--extra holds --form=decoder; what is compared"),
 }  # fmt: skip
@@ -82,12 +95,13 @@ def test_a_mistake_gets_one_line_and_leaves_no_file(command, name):
     line, message = BAD[name]
     save_questions("q.jsonl", make_questions(40, 2, 1))
     Path("digits.jsonl").write_text('{"seed": ' + "1" * 5000 + "}\n", encoding="utf-8")
+    np.save("one.npy", np.array(5))
     Path("t.txt").write_text("A sentence stands here.", encoding="utf-8")
-    before = sorted(Path().rglob("*"))
+    before = files()
     code, err = command(line)
     assert (code, len(err.splitlines())) == (1, 1), err
     assert message in err
-    assert sorted(Path().rglob("*")) == before
+    assert files() == before
 
 
 def test_a_second_process_in_the_same_folder_is_sent_away(command, tmp_path):
@@ -159,3 +173,18 @@ def test_a_results_file_that_was_edited_is_refused(tmp_path, place, value):
     (tmp_path / RESULTS).write_text(json.dumps(results_with(place, value)), encoding="utf-8")
     with pytest.raises(FormatError, match=r"results\.json is damaged"):
         read_results(tmp_path)
+
+
+def test_a_model_may_have_any_name(command):
+    Path("5$ and $\\frac{ [red].rmt").symlink_to(models.example_bundle())
+    results = results_with(("model", "name"), "5$ and $\\frac{ [red].rmt")
+    Path("done").mkdir()
+    Path("done", RESULTS).write_text(json.dumps(results), encoding="utf-8")
+    assert command("rmt-eval --plot done -o plots") == (0, "plots/accuracy_by_position.png\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_text_in_another_encoding_is_told(tmp_path, encoding):
+    (tmp_path / "t.txt").write_bytes(TEXT.read_text(encoding="utf-8").encode(encoding))
+    with pytest.raises(FormatError, match=r"t\.txt is no.* UTF-8.*convert it to UTF-8"):
+        Background.open(tmp_path / "t.txt", tokenizer_json(ID))

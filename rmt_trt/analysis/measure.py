@@ -40,7 +40,7 @@ def of_task(
     Errors: ContractError, when the engine takes fewer documents, or there are too many segments.
     """
     spec, length = runtime.spec, documents[0].length
-    _check(runtime, len(documents), len(documents) * _segments(spec, length))
+    check_amount(runtime, len(documents), len(documents) * _segments(spec, length))
     rows: dict[int, np.ndarray] = {}
 
     def pieces() -> Any:
@@ -76,8 +76,8 @@ def of_tokens(
     if isinstance(tokens, str):
         tokens = runtime.encode(tokens)
     count = tokens.shape[0] if tokens.ndim == 2 else 1
-    longest = _segments(runtime.spec, max(1, tokens.shape[-1]))
-    _check(runtime, count, count * min(longest, segments or longest))
+    longest = _segments(runtime.spec, max(1, tokens.size // max(1, count)))
+    check_amount(runtime, count, count * min(longest, segments or longest))
     limit: dict[str, Any] = {} if segments is None else {"max_segments": segments, "overflow": "head"}
     stream = runtime.stream(tokens, logits="none", memory=True, **limit)
     found = follow(stream, runtime.initial[0], on_segment)
@@ -100,7 +100,8 @@ def _segments(spec: StepSpec, length: int) -> int:
     return cut(length, spec.segment_length, spec.alignment).count(length)
 
 
-def _check(runtime: RMTRuntime, documents: int, rows: int) -> None:
+def check_amount(runtime: RMTRuntime, documents: int, rows: int) -> None:
+    """Errors: ContractError, for more documents than the engine steps, or more segments of all of them than are held."""
     if documents > runtime.max_batch:
         raise ContractError(
             f"{documents} documents are to be followed side by side; engine '{runtime.engine}' was built for "

@@ -164,8 +164,9 @@ def _module(path: Path, reference: Path | None) -> RMTModel:
 def _of_task(
     runtime: RMTRuntime, task: Task, segments: int, documents: int, seed: int, place: float | None, bars: Progress
 ) -> Measured:
-    from rmt_trt.analysis.measure import of_task
+    from rmt_trt.analysis.measure import check_amount, of_task
 
+    check_amount(runtime, documents, documents * segments)  # before they are made
     length = segments * runtime.spec.segment_length
     made = [task.document(length, number, place) for number in range(seed, seed + documents)]
     bar = bars.add_task(f"following the memory on {runtime.engine}", total=documents * segments)

@@ -98,7 +98,7 @@ def _finish(axes: Any, shown: Sequence[Results]) -> None:
     axes.set_ylim(-3, 104)
     axes.set_yticks(range(0, 101, 10))
     axes.set_ylabel("questions answered right, %\n(bars: 95 % Wilson intervals)")
-    axes.set_title(", ".join(_common([one.head["model"] for one in shown])), fontsize=10)
+    axes.set_title(_plain(", ".join(_common([one.head["model"] for one in shown]))), fontsize=10)
     axes.grid(True, alpha=0.25)
     axes.legend(fontsize=8 if len(shown) < 10 else 6, ncols=1 + len(shown) // 5)
 
@@ -114,5 +114,10 @@ def _names(series: Sequence[tuple[Results, str]]) -> list[str]:
     for one, task in series:
         rivals = [other.head["model"] for other, name in series if name == task]
         differing = [key for key in ABOUT if len({model[key] for model in rivals}) > 1]
-        made.append(", ".join([task, *(str(one.head["model"][key]) for key in differing)]))
+        made.append(_plain(", ".join([task, *(str(one.head["model"][key]) for key in differing)])))
     return made
+
+
+def _plain(name: str) -> str:
+    """A name as it is: what stands between two dollar signs would be set as a formula."""
+    return name.replace("$", r"\$")
