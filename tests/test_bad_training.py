@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import models
 import numpy as np
 import pytest
+import torch
 
 from rmt_trt import FormatError
 from rmt_trt.benchmarks import ablations
@@ -188,3 +191,56 @@ def test_a_text_in_another_encoding_is_told(tmp_path, encoding):
     (tmp_path / "t.txt").write_bytes(TEXT.read_text(encoding="utf-8").encode(encoding))
     with pytest.raises(FormatError, match=r"t\.txt is no.* UTF-8.*convert it to UTF-8"):
         Background.open(tmp_path / "t.txt", tokenizer_json(ID))
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_another_is_told_ends_the_command_in_silence(command, monkeypatch):
+    monkeypatch.setattr("typer.main.get_command", interrupted)
+    assert command(f"rmt-train out {FLAGS}") == (130, "")
+
+
+def test_an_interrupt_before_anything_is_saved_says_so(command, monkeypatch):
+    monkeypatch.setattr("rmt_trt.commands.train_view.save_run", interrupted)
+    code, err = command(f"rmt-train out {FLAGS}")
+    assert code == 130
+    assert err.splitlines()[-1] == "stopped at step 0. Nothing was saved yet: start it again"
+
+
+def test_an_interrupt_while_saving_keeps_what_was_saved_before(command, monkeypatch):
+    def save(value: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        if Path("out/resume.pt").exists():
+            raise KeyboardInterrupt
+        path.write_bytes(b"whole")
+
+    monkeypatch.setattr("torch.save", save)
+    monkeypatch.setattr("rmt_trt.commands.train_view.SAVE_SECONDS", 0.0)
+    code, err = command(f"rmt-train out {FLAGS}")
+    assert code == 130
+    assert "stopped at step 2. --resume goes on from where the run was last saved" in err
+    assert Path("out/resume.pt").read_bytes() == b"whole"
+    assert sorted(path.name for path in Path("out").iterdir()) == ["metrics.csv", "resume.pt", "train.log"]
+
+
+def test_what_a_killed_run_left_half_written_goes_when_it_goes_on(command):
+    assert command(f"rmt-train out {FLAGS}")[0] == 0
+    Path("out/.model.pt.17.4711.0.tmp").write_bytes(b"half")
+    Path("out/.mine.tmp").write_bytes(b"mine")
+    assert command("rmt-train out --resume --device cpu")[0] == 0
+    hidden = [path.name for path in Path("out").iterdir() if path.name.startswith(".")]
+    assert hidden == [".mine.tmp"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of files is bounded as Linux does it")
+def test_a_full_disk_is_told_and_what_was_saved_before_stays(tmp_path):
+    line = f"ulimit -f 180; exec {sys.executable} -m rmt_trt.commands.train {tmp_path}/out {FLAGS}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.search(r"cannot write .*out/resume\.pt: .* Nothing was left behind; free some space", last)
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.csv", "resume.pt", "train.log"]
+    assert torch.load(tmp_path / "out" / "resume.pt", weights_only=True)["step"] == 0

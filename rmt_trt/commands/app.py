@@ -52,6 +52,8 @@ def run_command(name: str, app: typer.Typer) -> None:
     except BrokenPipeError:  # the reader of our output went away: `rmt-info x | head`
         sys.stderr.close()
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # a second one, while the first was being told
+        raise SystemExit(130) from None
     except Exception as err:
         if debug:
             raise

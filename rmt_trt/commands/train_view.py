@@ -53,6 +53,7 @@ def _run(out: Path, run: Run, questions: dict[str, list[Question]], minutes: flo
     try:
         say(headline(run))
         if leads:
+            _sweep(out)
             start_metrics(out / METRICS, run.step)
             save_run(out / RESUME, run)  # where a run stands that fails before its first evaluation
         # TF32: the weights need no more than that while they move; what is measured afterwards is full float32.
@@ -63,7 +64,11 @@ def _run(out: Path, run: Run, questions: dict[str, list[Question]], minutes: flo
         elif leads:
             _finish(out, run, questions, say)
     except KeyboardInterrupt:
-        say(f"stopped at step {run.step}. --resume goes on from where the run was last saved")
+        saved = (out / RESUME).is_file()
+        kept = (
+            "--resume goes on from where the run was last saved" if saved else "Nothing was saved yet: start it again"
+        )
+        say(f"stopped at step {run.step}. {kept}")
         raise
     except torch.OutOfMemoryError as err:
         raise EngineError(
@@ -74,6 +79,13 @@ def _run(out: Path, run: Run, questions: dict[str, list[Question]], minutes: flo
         raise EngineError(f"{err}. {out / RESUME} is the run as it was when it was last saved, before that") from err
     except OSError as err:
         raise FormatError(f"cannot write to {out}: {err}. Free some space, then go on with --resume") from err
+
+
+def _sweep(out: Path) -> None:
+    """Removes what a run left half written that was killed; nobody else writes here now."""
+    for name in (MODEL, DELTA, RESUME, METRICS):
+        for left in out.glob(f".{name}.*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

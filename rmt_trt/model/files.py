@@ -260,4 +260,7 @@ def write_value(path: Path, value: dict[str, Any]) -> None:
         with atomic_file(path) as temporary:
             torch.save(value, temporary)
     except RuntimeError as err:  # torch reports a full disk as one
-        raise FormatError(f"cannot write {path}: {err}. Nothing was left behind; choose another place") from err
+        raise FormatError(
+            f"cannot write {path}: PyTorch could not write all of it ({err}). Nothing was left behind; free some space or choose "
+            f"another place"
+        ) from err
