@@ -524,7 +524,7 @@ def changed_own(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
         (lambda v: v["model"].update(colour=1), "not a JSON object with the fields"),
         (lambda v: v["model"].update(backbone=torch.zeros(1)), "holds more than JSON values"),
         (lambda v: v["model"].update(prefix_ids=[VOCAB]), "prefix_ids are .60,.; expected token ids below 60"),
-        (lambda v: v["model"].update(suffix_ids=["a"]), "suffix_ids are .*; expected token ids below 60"),
+        (lambda v: v["model"].update(suffix_ids=["a"]), "suffix_ids is .*; expected a list of token ids"),
         (lambda v: v["model"].update(pad_id=-1), "pad_id is -1; expected a token id below 60"),
         (lambda v: v["model"]["backbone"].update(num_hidden_layers=3), "16 missing"),
         (lambda v: v["model"]["backbone"].update(hidden_size=10**9), "hidden_size is 1000000000; expected"),

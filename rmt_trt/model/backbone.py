@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,8 +25,12 @@ SUPPORTED = {
     "decoder": ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"),
 }
 ROTARY = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
-# Of a config, what must not decide how a model is built: code from elsewhere, half-precision weights.
-IGNORED_FIELDS = ("auto_map", "_attn_implementation", "attn_implementation", "dtype", "torch_dtype")
+# Of a config, what must not decide how a model is built: code from elsewhere, half-precision weights, tuples for outputs,
+# layers computed in pieces.
+IGNORED_FIELDS = (
+    "auto_map", "_attn_implementation", "attn_implementation", "dtype", "torch_dtype", "return_dict", "torchscript",
+    "chunk_size_feed_forward",
+)  # fmt: skip
 MAX_LABELS = 1 << 16
 
 # A config comes from a stranger's file. No published backbone comes near these; a model beyond them would
@@ -33,6 +38,7 @@ MAX_LABELS = 1 << 16
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 16
 MAX_NUMBER = 1 << 24
+MAX_DEPTH = 32
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 WIDTH_FIELDS = ("hidden_size", "n_embd", "dim", "d_model", "num_attention_heads", "n_head", "n_heads")
 
@@ -83,6 +89,12 @@ def check_config(config: Mapping[str, Any]) -> None:
         bound = MAX_LABELS if name == "num_labels" else MAX_NUMBER
         if isinstance(value, int) and abs(value) > bound:
             raise ContractError(f"backbone config: {name} is {value}; numbers beyond {bound} are refused")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ContractError(f"backbone config: {name} is {value}; expected a finite number")
+        if _deeper(value, MAX_DEPTH):
+            raise ContractError(
+                f"backbone config: {name} is nested more than {MAX_DEPTH} deep; such a config is refused"
+            )
     for name, plain in (("quantization_config", None), ("is_decoder", False), ("position_embedding_type", "absolute")):
         if config.get(name, plain) not in (None, plain):
             raise ContractError(f"backbone config: {name} is {str(config[name])[:80]}; only {plain} is supported")
@@ -94,6 +106,12 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"the segment step attends over the whole segment. Set sliding_window to null if the window is not shorter "
             f"than a segment"
         )
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects lie in one another more than so many levels deep: libraries copy a config recursively."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return levels < 0 or any(_deeper(item, levels - 1) for item in inside)
 
 
 def hf_config(form: str, config: Mapping[str, Any]) -> Any:

@@ -114,7 +114,10 @@ def _load_delta(file: Path, options: LoadOptions) -> LoadedModel:
     _refuse_set(file, "a delta", ("input_size", "segment_size", "lora_alpha"), options)
     base = None if options.config is None else str(options.config)
     model, tokenizer = load_delta(file, base)
-    check_sizes(model)
+    try:
+        check_sizes(model)
+    except (FormatError, ContractError) as err:
+        raise type(err)(f"{file}: {err}") from err
     model.config = with_options(model.config, options)
     if options.tokenizer is not None:
         tokenizer = _read_tokenizer(options.tokenizer)

@@ -89,4 +89,8 @@ class ModelConfig:
             raise FormatError(f"model config is incomplete: {err}") from err
         if config.form not in ("encoder", "decoder") or not isinstance(config.backbone, dict):
             raise FormatError(f"model config has form {config.form!r}; expected 'encoder' or 'decoder' with a backbone")
+        for name in ("prefix_ids", "middle_ids", "suffix_ids"):
+            ids = getattr(config, name)
+            if not isinstance(ids, tuple) or not all(type(token) is int for token in ids):
+                raise FormatError(f"model config: {name} is {str(ids)[:80]!r}; expected a list of token ids")
         return config

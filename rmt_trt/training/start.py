@@ -141,6 +141,11 @@ def _config(options: TrainOptions, task: Task, base: Base, segment_length: int, 
     if options.form == "decoder":
         return ModelConfig(num_logits=common["vocab_size"], alignment="left", **common)
     first, last, pad = special_ids(base.tokenizer or "{}", base.origin)
+    if not 0 <= min(first, last, pad) <= max(first, last, pad) < common["vocab_size"]:
+        raise ContractError(
+            f"the tokenizer of {base.origin} gives its special tokens the ids {first}, {last} and {pad}; the model embeds ids "
+            f"below {common['vocab_size']}. Give the tokenizer that it was trained with"
+        )
     return ModelConfig(
         num_logits=len(task.labels),
         alignment="right",
