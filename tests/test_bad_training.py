@@ -119,6 +119,16 @@ def test_a_second_process_in_the_same_folder_is_sent_away(command, tmp_path):
         pass
 
 
+@pytest.mark.parametrize("name", ["resume.pt", "model.pt", "delta.safetensors"])
+def test_what_another_run_has_left_is_not_written_over(command, name):
+    Path("out").mkdir()
+    Path("out", name).write_bytes(b"somebody's")
+    code, err = command(f"rmt-train out {FLAGS}")
+    assert (code, len(err.splitlines())) == (1, 1), err
+    assert f"out holds {name} of another run" in err
+    assert [path.read_bytes() for path in Path("out").iterdir()] == [b"somebody's"]
+
+
 def test_a_folder_without_locks_is_used_all_the_same(tmp_path):
     with sole_user(tmp_path / "none", "rmt-train"):
         pass

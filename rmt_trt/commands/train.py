@@ -224,13 +224,13 @@ def _open(out: Path, options: TrainOptions | None, device: torch.device) -> Run:
 
     A folder that was made for a run that is refused is taken away again.
     """
-    from rmt_trt.commands.train_view import MODEL, RESUME
+    from rmt_trt.commands.train_view import DELTA, MODEL, RESUME
     from rmt_trt.training.loop import start
     from rmt_trt.training.resume import load_run
 
     if options is None:
         return load_run(out / RESUME, device)
-    if held := [name for name in (RESUME, MODEL) if (out / name).exists()]:
+    if held := [name for name in (RESUME, MODEL, DELTA) if (out / name).exists()]:
         raise FormatError(f"{out} holds {held[0]} of another run. Go on with it (--resume), or choose another folder")
     made = not out.exists()
     try:
