@@ -62,7 +62,7 @@ EXTRAS["dev"] = [
     "tensorrt-lean-cu13>=11.4",  # its names are compared with those that the code uses; it is never started
 ]
 
-COMMANDS = ["export", "build", "run", "info", "verify", "train", "eval", "analyze", "flops", "bench"]
+COMMANDS = ["export", "build", "run", "info", "verify", "train", "eval", "analyze", "calibrate", "flops", "bench"]
 
 setup(
     name="rmt-trt",

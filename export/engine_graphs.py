@@ -118,18 +118,52 @@ def add_engine_graphs(
         )
     bundle = Bundle(path)
     step = _step(bundle, dtype, model)
+    reference = _reference(bundle, step)
+
+    def check(made: EngineGraphs, stage: Path) -> EngineGraphs:
+        if not options.check_segments or reference is None:
+            return made
+        return replace(made, check=_check(bundle, step, made, stage, reference, options, progress))
+
+    def write(folder: Path) -> EngineGraphs:
+        return _write(bundle, step, engine, dtype, folder, options)
+
+    return _added(bundle, write, check, reference, options, progress)
+
+
+def add_written(
+    bundle: Bundle, write: Callable[[Path], EngineGraphs], options: EngineOptions, progress: Progress
+) -> EngineGraphs:
+    """Adds graphs that `write` writes into a folder, their entries named as the files are, verified against the bundle's
+    own model where it gives one, else against its fp32 graph. Errors: as `add_engine_graphs`."""
+    step = None if bundle.manifest.model is None else model_from_bundle(bundle)
+
+    def named(folder: Path) -> EngineGraphs:
+        made = write(folder)
+        return replace(made, entries=tuple(map(_in_bundle, made.entries)))
+
+    return _added(bundle, named, lambda made, stage: made, _reference(bundle, step), options, progress)
+
+
+def _added(
+    bundle: Bundle,
+    write: Callable[[Path], EngineGraphs],
+    check: Callable[[EngineGraphs, Path], EngineGraphs],
+    reference: Reference | None,
+    options: EngineOptions,
+    progress: Progress,
+) -> EngineGraphs:
+    """Writes graphs into a folder beside the bundle, checks and verifies them there, then adds them."""
+    path = bundle.path
     try:
         # Beside the bundle: a folder for temporary files may be smaller than a model.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.resolve().parent) as scratch:
             stage = Path(scratch) / "stage.rmt"
             (stage / GRAPHS).mkdir(parents=True)
             progress("graphs", 0, 1)
-            made = _write(bundle, step, engine, dtype, stage / GRAPHS, options)
+            made = write(stage / GRAPHS)
             progress("graphs", 1, 1)
-            reference = _reference(bundle, step)
-            if options.check_segments and reference is not None:
-                made = replace(made, check=_check(bundle, step, made, stage, reference, options, progress))
-            made = _verify(bundle, made, stage, reference, options, progress)
+            made = _verify(bundle, check(made, stage), stage, reference, options, progress)
             _add(path, made, stage, bundle.spec.fingerprint)
     except OSError as err:
         raise cannot_write(path, err) from err
@@ -142,6 +176,7 @@ def summary(report: Report) -> dict[str, Any]:
         "passed": report.passed,
         "worst": report.to_json()["worst"],
         "tolerance": report.tolerance,
+        **({} if report.needed is None else {"agreement": report.agreement, "needed": report.needed}),
         "segments": report.segments,
         "accepted_drift": not report.passed,
     }

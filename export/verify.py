@@ -27,6 +27,9 @@ from rmt_trt.runtime.segments import cut
 # random weights 1.6e-3 and 1.4e-2. So some ten times that: what is wrong is off by far more, and what drifts further is
 # worth a look.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+# Of dtypes whose rounding is no small error: the least share of answers that are the reference's own, an answer being the
+# largest logit, after every segment of a classifier, behind every token of a language model.
+AGREEMENT = {"int8": 0.99, "fp8": 0.99}
 MAX_SEGMENTS = 1 << 16  # the document and its report are held in memory
 # What a document is compared by: after every segment, its states in the spec's order and its logits.
 Reference = Callable[[np.ndarray], Iterable[tuple[tuple[np.ndarray, ...], np.ndarray]]]
@@ -49,17 +52,21 @@ class Report:
 
     memory_effect: by how much the logits of the last segment change when its memory is reset. Where it is tiny, the
     logits say nothing about the memory.
+    tolerance: of the errors, or None where they are only told. agreement: the share of answers in the document and the batch
+    that are the reference's; needed: the least of it, or None.
     """
 
     engine: str
     dtype: str
     reference: str
     segments: int
-    tolerance: float
+    tolerance: float | None
     rows: tuple[Drift, ...]
     batch_memory: float
     batch_logits: float
     memory_effect: float
+    agreement: float = 1.0
+    needed: float | None = None
 
     @property
     def worst(self) -> float:
@@ -69,7 +76,9 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return self.worst <= self.tolerance  # False for nan
+        if not math.isfinite(self.worst) or (self.tolerance is not None and self.worst > self.tolerance):
+            return False
+        return self.needed is None or self.agreement >= self.needed
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; numbers that are not finite, which JSON does not have, become None."""
@@ -77,7 +86,14 @@ class Report:
 
     def require(self) -> None:
         """Errors: VerificationError, when the report did not pass."""
-        if not self.passed:
+        if not self.passed and self.tolerance is None:
+            raise VerificationError(
+                f"engine '{self.engine}' ({self.dtype}) gives {self.agreement:.2%} of the {self.reference}'s answers, fewer than "
+                f"{self.needed or 0:.0%}, with an error of {self.worst:.1e}. Measure its recall on your task with rmt-eval; keep "
+                f"it with --accept-drift, or set a limit of the error instead with --tolerance",
+                self.to_json(),
+            )
+        if not self.passed and self.tolerance is not None:
             bad = next((r for r in self.rows if not max(r.memory, r.logits) <= self.tolerance), None)
             where = (
                 f"after segment {bad.segment} (memory {bad.memory:.1e}, logits {bad.logits:.1e})"
@@ -89,6 +105,24 @@ class Report:
                 f"{self.tolerance:.1e}, first {where}. Set another limit with --tolerance, or keep it with --accept-drift",
                 self.to_json(),
             )
+
+
+@dataclass
+class Same:
+    """How many answers there were, and how many of them were the reference's."""
+
+    answers: int = 0
+    equal: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.equal / self.answers if self.answers else 0.0
+
+    def count(self, logits: np.ndarray | None, wanted: np.ndarray) -> None:
+        """logits (c,) or (n, v). An engine that gave none agrees in nothing."""
+        answers = wanted.argmax(axis=-1)
+        self.answers += answers.size
+        self.equal += 0 if logits is None else int((logits.argmax(axis=-1) == answers).sum())
 
 
 def verify(
@@ -107,7 +141,8 @@ def verify(
     check_options(segments, tolerance)
     spec = runtime.spec
     limit = TOLERANCES.get(runtime.dtype) if tolerance is None else tolerance
-    if limit is None:
+    needed = AGREEMENT.get(runtime.dtype) if tolerance is None else None
+    if limit is None and needed is None:
         raise ContractError(f"no tolerance is known for {runtime.dtype}; give one (--tolerance)")
     document = random_document(spec, (segments - 1) * spec.segment_length + max(1, spec.segment_length // 3), seed)
     lengths = sorted({1, max(1, spec.segment_length - 1), spec.segment_length + 1, 2 * spec.segment_length})
@@ -118,15 +153,17 @@ def verify(
     last: Piece | None = None
     end: tuple[tuple[np.ndarray, ...], np.ndarray] | None = None
     scores: list[np.ndarray] = []
+    same = Same()
     pairs = zip(runtime.stream(document, memory=True), reference(document), strict=True)
     for number, (piece, (states, logits)) in enumerate(pairs, 1):
         rows.append(Drift(number, piece.stop, *_errors(piece.states, piece.logits, states, logits)))
+        same.count(piece.logits, logits)
         if spec.logits == "lm":
             scores.append(token_scores(None if end is None else end[1][-1], logits, document[piece.start : piece.stop]))
         last, end = piece, (states, logits)  # one at a time: a model's logits of many segments would fill the memory
         progress(number, total)
     assert end is not None
-    found = [_compare_batch(runtime, reference, batch), _compare_runs(runtime, document, *end, scores)]
+    found = [_compare_batch(runtime, reference, batch, same), _compare_runs(runtime, document, *end, scores)]
     worst = [float(np.max(errors)) for errors in zip(*found, strict=True)]
     progress(total, total)
     return Report(
@@ -139,6 +176,8 @@ def verify(
         batch_memory=worst[0],
         batch_logits=worst[1],
         memory_effect=memory_effect(runtime, document, last),
+        agreement=same.share,
+        needed=needed,
     )
 
 
@@ -209,17 +248,19 @@ def memory_effect(runtime: RMTRuntime, document: np.ndarray, last: Piece | None)
     return relative_error(reset, last.logits) if reset is not None else 0.0
 
 
-def _compare_batch(runtime: RMTRuntime, reference: Reference, batch: list[np.ndarray]) -> tuple[float, float]:
+def _compare_batch(
+    runtime: RMTRuntime, reference: Reference, batch: list[np.ndarray], same: Same
+) -> tuple[float, float]:
     """The worst errors of memory and logits over every segment of every document, as many run together as the engine
     takes."""
     errors = []
     for start in range(0, len(batch), runtime.max_batch):
         together = batch[start : start + runtime.max_batch]
         wanted = [iter(reference(document)) for document in together]
-        errors += [
-            _errors(piece.states, piece.logits, *next(wanted[piece.row]))
-            for piece in runtime.stream(together, memory=True)
-        ]
+        for piece in runtime.stream(together, memory=True):
+            states, logits = next(wanted[piece.row])
+            errors.append(_errors(piece.states, piece.logits, states, logits))
+            same.count(piece.logits, logits)
     memory, logits = np.max(errors, axis=0)
     return float(memory), float(logits)
 

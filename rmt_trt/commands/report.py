@@ -10,6 +10,8 @@ from rich.table import Table
 from rmt_trt.bundle import Bundle, GraphEntry, Manifest
 from rmt_trt.commands.app import printable
 
+QUANTIZED = ("int8", "fp8")
+
 
 def drift_table(report: Mapping[str, Any]) -> Table:
     """The errors after 1, 2, 4, 8, ... segments, of a report as `Report.to_json` gives it."""
@@ -30,7 +32,7 @@ def drift_table(report: Mapping[str, Any]) -> Table:
     effect = report["memory_effect"]
     verdict = "passed" if report["passed"] else "FAILED"
     table.caption = (
-        f"{verdict}: worst {_figure(report['worst'])}, tolerance {report['tolerance']:.1e}; resetting the memory changes the "
+        f"{verdict}: {_limits(report)}; resetting the memory changes the "
         f"last logits by {'an unknown share' if effect is None else format(effect, '.1%')}"
     )
     table.caption_justify = "left"
@@ -73,7 +75,7 @@ def record_lines(engine: str, dtype: str, record: Mapping[str, Any]) -> list[str
     if not record:
         return []
     fused, plain = record.get("fused"), record.get("plain")
-    lines = [f"{engine} {dtype}: exported plainly: {_value(plain)}"]
+    lines = [f"{engine} {dtype}: {'quantized' if dtype in QUANTIZED else 'exported plainly'}: {_value(plain)}"]
     if plain is None and isinstance(fused, dict):
         counts = sorted(fused.items(), key=lambda item: str(item[0]))
         lines = [f"{engine} {dtype}: fused: " + ", ".join(f"{_value(count)} {_value(name)}" for name, count in counts)]
@@ -87,7 +89,11 @@ def record_lines(engine: str, dtype: str, record: Mapping[str, Any]) -> list[str
         passed = "verified" if verdict.get("passed") is True else "DRIFTS"
         lines.append(
             f"  {passed} along {_value(verdict.get('segments'))} segments: worst {_value(verdict.get('worst'))}, "
-            f"tolerance {_value(verdict.get('tolerance'))}"
+            + (
+                f"tolerance {_value(verdict.get('tolerance'))}"
+                if verdict.get("needed") is None
+                else f"agreement of the answers {_share(verdict.get('agreement'))}, needed {_share(verdict.get('needed'))}"
+            )
         )
     else:
         lines.append(f"  not verified on its engine: {_value(record.get('unverified'))}")
@@ -104,6 +110,18 @@ def added_line(bundle: Bundle, entries: tuple[GraphEntry, ...]) -> str:
 def _value(value: object) -> str:
     """A value of a record, short."""
     return f"{value:.1e}" if isinstance(value, float) else printable(value)[:300]
+
+
+def _limits(report: Mapping[str, Any]) -> str:
+    """What a report found at worst, and what it was held to."""
+    worst = f"worst {_figure(report['worst'])}"
+    if report.get("needed") is None:
+        return f"{worst}, tolerance {report['tolerance']:.1e}"
+    return f"{worst}, agreement of the answers {_share(report['agreement'])}, needed {_share(report['needed'])}"
+
+
+def _share(value: object) -> str:
+    return f"{value:.1%}" if isinstance(value, float) else printable(value)[:300]
 
 
 def _figure(error: float | None) -> str:

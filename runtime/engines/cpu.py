@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rmt_trt.runtime.source import Source
 
 NAME = "cpu"
-DTYPE = "fp32"
+DTYPES = ("fp32", "int8")  # the first is taken where none is asked for
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 OLDEST = (1, 24, 4)  # 1.23 opens ../ and absolute paths of external data
 
@@ -28,10 +28,16 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
         return "it runs an exported graph, and this is a checkpoint. Export it with: rmt-export"
     if source.kind == "engine":
         return "it runs a graph, and this is a TensorRT engine by itself. Open the bundle that it was built for"
-    if dtype not in (None, DTYPE):
-        return f"it runs {DTYPE} graphs, not {dtype}"
-    if source.bundle is not None and source.bundle.graph(NAME, DTYPE) is None:
-        return f"the bundle holds no {DTYPE} graph for it. Export the model again with rmt-export"
+    wanted = dtype or DTYPES[0]
+    if wanted not in DTYPES:
+        return f"it runs {' and '.join(DTYPES)} graphs, not {dtype}"
+    if source.bundle is None and wanted != DTYPES[0]:
+        return (
+            f"a graph by itself is run as {DTYPES[0]}, or as it is quantized. Leave the dtype out, or open the bundle"
+        )
+    if source.bundle is not None and source.bundle.graph(NAME, wanted) is None:
+        command = "Export the model again with rmt-export" if wanted == DTYPES[0] else "Add one with rmt-calibrate"
+        return f"the bundle holds no {wanted} graph for it. {command}"
     try:
         library()
     except EngineError as err:
@@ -42,7 +48,7 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
 def open_engine(source: Source, dtype: str | None, device: int, threads: int | None) -> CPUEngine:
     """Errors: EngineError or FormatError, when ONNX Runtime refuses the graph or it does not fit its spec."""
     if source.bundle is not None:
-        entry = source.bundle.graph(NAME, DTYPE)
+        entry = source.bundle.graph(NAME, dtype or DTYPES[0])
         if entry is None:
             raise EngineError(f"{source.path} holds no {dtype} graph for the CPU engine")
         path = source.bundle.graph_path(entry)
@@ -52,7 +58,7 @@ def open_engine(source: Source, dtype: str | None, device: int, threads: int | N
         # The session through which the spec was read took the default number of threads.
         session = source.session if source.session is not None and threads is None else open_session(path, threads)
     check_signature(session, source.spec, path)
-    return CPUEngine(session, source.spec)
+    return CPUEngine(session, source.spec, dtype or DTYPES[0])
 
 
 def library() -> Any:
@@ -93,10 +99,10 @@ class CPUEngine:
     """An ONNX Runtime session behind the engine contract."""
 
     name = NAME
-    dtype = DTYPE
     max_batch = None
 
-    def __init__(self, session: Any, spec: StepSpec) -> None:
+    def __init__(self, session: Any, spec: StepSpec, dtype: str = DTYPES[0]) -> None:
+        self.dtype = dtype
         self._session = session
         self._spec = spec
         self._states = [state.output for state in spec.states]

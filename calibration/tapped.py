@@ -1,0 +1,58 @@
+"""The step's graph with some of its inner tensors as outputs, in an ONNX Runtime session on the CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rmt_trt.bundle import Bundle, GraphEntry
+from rmt_trt.calibration.products import Product
+from rmt_trt.errors import ContractError, FormatError, require
+from rmt_trt.runtime.engines.cpu import open_session
+
+GRAPH = "tapped.onnx"
+
+
+def tapped_session(
+    bundle: Bundle, folder: Path, choose: Callable[[Any], tuple[Product, ...]], threads: int | None
+) -> tuple[Any, tuple[Product, ...]]:
+    """A session of the bundle's fp32 step, with every activation that `choose` names as an output; and what it chose.
+
+    folder: an empty one for the altered graph; it is needed until the session is there.
+    Errors: ContractError, when the step has nothing that can be quantized; FormatError and EngineError, as the CPU engine.
+    """
+    onnx = require("onnx", "export", "calibration")
+    entry = step_entry(bundle)
+    model = onnx.load(str(bundle.graph_path(entry)), load_external_data=False)
+    chosen = choose(model)
+    if not chosen:
+        raise ContractError(
+            f"{bundle.path}: its step has no product of an activation with a constant float32 weight; there is nothing to "
+            f"quantize"
+        )
+    given = {value.name for value in (*model.graph.input, *model.graph.output)}
+    for name in dict.fromkeys(product.activation for product in chosen):
+        if name not in given:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    onnx.save(model, str(folder / GRAPH))
+    for name in entry.data:
+        _link(bundle.file(name), folder / Path(name).name)
+    return open_session(folder / GRAPH, threads), chosen
+
+
+def step_entry(bundle: Bundle) -> GraphEntry:
+    """The fp32 graph of the step. Errors: FormatError."""
+    entry = bundle.graph("cpu", "fp32")
+    if entry is None:
+        raise FormatError(f"{bundle.path} holds no fp32 graph of its step. Export the model again")
+    return entry
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copyfile(source, target)
