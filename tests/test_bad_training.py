@@ -23,7 +23,7 @@ from rmt_trt.commands.app import run_command
 from rmt_trt.evaluation.rows import FORMAT, RESULTS, Row, read_results
 from rmt_trt.files import sole_user
 from rmt_trt.training.questions import make_questions, save_questions
-from rmt_trt.training.records import read_metrics
+from rmt_trt.training.records import COLUMNS, read_metrics
 from rmt_trt.training.tasks.background import Background
 from rmt_trt.training.tasks.words import ID, PLACES, tokenizer_json
 
@@ -144,9 +144,16 @@ def test_a_row_of_metrics_that_was_broken_off_does_not_stop_the_run_from_going_o
     assert metrics.read_text(encoding="utf-8") == whole[: whole.index("\n4,") + 1]
 
 
+HEADER = ",".join(COLUMNS).encode()
+
+
 @pytest.mark.parametrize(
-    "content", [b"\xff\xfe\n", b"step,stage\n1,2\n", b'"' + b"x" * 200_000 + b'"\n' * 2, b"a\0b\nc\n"]
-)
+    "content",
+    [
+        b"\xff\xfe\n", b"step,stage\n1,2\n", b'"' + b"x" * 200_000 + b'"\n' * 2, b"a\0b\nc\n", b"something else\n",
+        HEADER + b"\n1,2,3\n", HEADER + b"\n1,0,1,1.5,0.5,0.1,2.0,more\n", HEADER + b"\n" + b"9" * 5000 + b",0,1,1,1,1,1\n",
+    ],
+)  # fmt: skip
 def test_metrics_of_another_kind_are_named(tmp_path, content):
     (tmp_path / "metrics.csv").write_bytes(content)
     with pytest.raises(FormatError, match=r"is no metrics\.csv of rmt-train"):

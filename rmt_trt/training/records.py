@@ -27,9 +27,11 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv, as text; a last line that was broken off is left out. Errors: FormatError."""
     data = read_bounded(path, MAX_BYTES, "the metrics.csv of rmt-train")
     try:
-        rows = list(csv.DictReader(io.StringIO(data[: data.rfind(b"\n") + 1].decode("utf-8"))))
+        table = csv.DictReader(io.StringIO(data[: data.rfind(b"\n") + 1].decode("utf-8")))
+        rows = list(table)
         [int(row[name]) for row in rows for name in ("step", "stage", "segments")]
-        if any(set(row) != set(COLUMNS) or None in row.values() for row in rows):
+        # Of an empty file there are no names; a row that lacks values has None among them, one with more under None.
+        if table.fieldnames not in (None, COLUMNS) or any(None in {*row, *row.values()} for row in rows):
             raise ValueError(f"its columns are not {','.join(COLUMNS)}")
     except (KeyError, TypeError, ValueError, csv.Error) as err:
         raise FormatError(f"{path} is no metrics.csv of rmt-train ({err!r}); move it away and resume again") from err
