@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -67,6 +66,10 @@ def sole_user(folder: Path, command: str) -> Iterator[None]:
 
 
 def _locked(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # a system that has none
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
