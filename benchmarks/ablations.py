@@ -114,7 +114,7 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise cannot_write(out, err) from err
-    check_folder(out, "the ablations")
+    check_folder(out, "the ablations go")
     asked = [(one, seed) for seed in every_seed for one in variants(sizes)]
 
     def work(item: tuple[Variant, int]) -> Outcome:
