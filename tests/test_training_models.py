@@ -218,15 +218,14 @@ def test_two_processes_train_as_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "rmt_trt.commands.train", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*command, *flags.split(), *rest.split()],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = [*command, *flags.split(), *rest.split()]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as launcher:
+        try:
+            _, said = launcher.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()  # which ends its workers too; killed, it would leave them behind
+            raise
+    assert launcher.returncode == 0, said[-2000:]
     log = (tmp_path / "two" / "train.log").read_text()
     assert "2 x cpu" in log
     single = CliRunner().invoke(app, [str(tmp_path / "one"), *flags.split(), *rest.split()])
