@@ -155,7 +155,8 @@ def test_a_package_index_that_cannot_be_reached_is_a_failure_that_says_so(
 
 
 REMOVED = {"FP16", "BF16", "INT8", "FP8", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"}
-BANNED = re.compile("calibrator$|^int8_calibration|^dynamic_range$|^set_dynamic_range$", re.IGNORECASE)
+# ONNX Runtime's own calibration is another thing: the function that makes it is no name of a builder.
+BANNED = re.compile("(?<!^create_)calibrator$|^int8_calibration|^dynamic_range$|^set_dynamic_range$", re.IGNORECASE)
 
 
 def python_files() -> list[Path]:
