@@ -36,7 +36,8 @@ PAPER_NOTE = (
     "for the memory. The length is 4,096 segments of 512, which is 2,048 times 1,024; 2,048,000 in decimal give the second "
     "line. Of the other combinations of terms, lengths and memory that `tests/test_flops.py` goes through none "
     "gives both figures. Kernels that leave out the masked half of the scores spare full attention nearly half of its work, "
-    "and the RMT little: 'causal' is the fairer figure for a decoder."
+    "and the RMT little: 'causal' is the fairer figure for a decoder. The paper's own text was not at hand: its length and what "
+    "it counts from are taken from a summary of it, and that it counts as Hoffmann et al. do is concluded from the fit alone."
 )
 
 
