@@ -12,6 +12,7 @@ from typing import Any
 import rmt_trt
 from rmt_trt.errors import EngineError
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "cuda-core", "onnx", "triton", "numpy")
 
 
@@ -34,6 +35,7 @@ def describe(device: int | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "cpu": _cpu_name(),
+        "instructions": _instructions(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {},
     }
@@ -59,12 +61,24 @@ def describe(device: int | None) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    names = [value for key, value in _cpu_facts() if key == "model name"]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _instructions() -> list[str]:
+    """Sets of instructions of the processor that products in less than 32 bits may use."""
+    flags = next((value.split() for key, value in _cpu_facts() if key in ("flags", "Features")), [])
+    return [name for name in INSTRUCTIONS if name in flags]
+
+
+def _cpu_facts() -> list[tuple[str, str]]:
+    """Lines of /proc/cpuinfo as key and value; nothing where the system has no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return []
+    parts = [line.partition(":") for line in lines]
+    return [(key.strip(), value.strip()) for key, _, value in parts]
 
 
 def _driver() -> str | None:
