@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rmt_trt.contract import StepSpec
+from rmt_trt.contract import QUANTIZED, StepSpec
 from rmt_trt.errors import ContractError, VerificationError
 from rmt_trt.model.recurrence import recurrence
 from rmt_trt.model.step import DecoderStep, EncoderStep
@@ -29,7 +29,7 @@ from rmt_trt.runtime.segments import cut
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 # Of dtypes whose rounding is no small error: the least share of answers that are the reference's own, an answer being the
 # largest logit, after every segment of a classifier, behind every token of a language model.
-AGREEMENT = {"int8": 0.99, "fp8": 0.99}
+AGREEMENT = dict.fromkeys(QUANTIZED, 0.99)
 MAX_SEGMENTS = 1 << 16  # the document and its report are held in memory
 # What a document is compared by: after every segment, its states in the spec's order and its logits.
 Reference = Callable[[np.ndarray], Iterable[tuple[tuple[np.ndarray, ...], np.ndarray]]]

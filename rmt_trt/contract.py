@@ -36,7 +36,12 @@ LOGITS_KINDS: tuple[LogitsKind, ...] = ("classifier", "lm")
 FORMS = ("encoder", "decoder", "custom")
 STATE_DTYPES = ("float32", "float16")
 ENGINES = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "torch")
-DTYPES = ("fp32", "fp16", "bf16", "int8", "fp8")
+# fp32, fp16, bf16   what a step computes in, but for norms and the like where that is wiser
+# int8, fp8           products of 8-bit weights and activations (fp8: E4M3), scales fixed by a calibration
+# int8-dynamic        the same in int8, activations by what each step finds in them
+# int8-weights, int4-weights   weights alone, by blocks; products in the step's own type
+DTYPES = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-dynamic", "int8-weights", "int4-weights")
+QUANTIZED = DTYPES[3:]  # taken only where they are asked for
 Head = Literal["none", "last", "all", "loglik"]
 HEADS: tuple[Head, ...] = ("none", "last", "all", "loglik")
 

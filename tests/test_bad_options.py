@@ -235,7 +235,7 @@ def test_a_dtype_that_no_engine_has_names_every_engines_reason() -> None:
         RMTRuntime(models.made("bert").bundle, dtype="fp8")
     assert all(f"{name}: " in str(info.value) for name in MODULES)
     with pytest.raises(
-        EngineError, match=r"engine 'cpu' cannot run .*bert\.rmt: it runs fp32 and int8 graphs, not fp16"
+        EngineError, match=r"engine 'cpu' cannot run .*bert\.rmt: it runs fp32, int8, .*int4-weights graphs, not fp16"
     ):
         RMTRuntime(models.made("bert").bundle, engine="cpu", dtype="fp16")
 

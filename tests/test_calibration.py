@@ -454,7 +454,7 @@ def test_a_bundle_without_an_int8_graph_says_how_to_add_one() -> None:
 
     with pytest.raises(EngineError, match=r"the bundle holds no int8 graph for it\. Add one with rmt-calibrate"):
         RMTRuntime(example_bundle(), engine="cpu", dtype="int8")
-    with pytest.raises(EngineError, match="it runs fp32 and int8 graphs, not fp16"):
+    with pytest.raises(EngineError, match="it runs fp32, int8, .*int4-weights graphs, not fp16"):
         RMTRuntime(example_bundle(), engine="cpu", dtype="fp16")
 
 

@@ -9,8 +9,7 @@ from rich.table import Table
 
 from rmt_trt.bundle import Bundle, GraphEntry, Manifest
 from rmt_trt.commands.app import printable
-
-QUANTIZED = ("int8", "fp8")
+from rmt_trt.contract import QUANTIZED
 
 
 def drift_table(report: Mapping[str, Any]) -> Table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rmt_trt.contract import LOGITS, Answer, Head, StepSpec
+from rmt_trt.contract import LOGITS, QUANTIZED, Answer, Head, StepSpec
 from rmt_trt.errors import EngineError, FormatError, require
 from rmt_trt.runtime.loglik import reduced
 from rmt_trt.runtime.signature import check_signature
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rmt_trt.runtime.source import Source
 
 NAME = "cpu"
-DTYPES = ("fp32", "int8")  # the first is taken where none is asked for
+DTYPES = ("fp32", *QUANTIZED)  # the first is taken where none is asked for
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 OLDEST = (1, 24, 4)  # 1.23 opens ../ and absolute paths of external data
 
@@ -30,13 +30,15 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
         return "it runs a graph, and this is a TensorRT engine by itself. Open the bundle that it was built for"
     wanted = dtype or DTYPES[0]
     if wanted not in DTYPES:
-        return f"it runs {' and '.join(DTYPES)} graphs, not {dtype}"
+        return f"it runs {', '.join(DTYPES)} graphs, not {dtype}"
     if source.bundle is None and wanted != DTYPES[0]:
         return (
             f"a graph by itself is run as {DTYPES[0]}, or as it is quantized. Leave the dtype out, or open the bundle"
         )
     if source.bundle is not None and source.bundle.graph(NAME, wanted) is None:
-        command = "Export the model again with rmt-export" if wanted == DTYPES[0] else "Add one with rmt-calibrate"
+        command = "Export the model again with rmt-export"
+        if wanted != DTYPES[0]:
+            command = f"Add one with rmt-calibrate{'' if wanted == 'int8' else f' --dtype {wanted}'}"
         return f"the bundle holds no {wanted} graph for it. {command}"
     try:
         library()
