@@ -70,6 +70,9 @@ class EngineGraphs:
     check       the errors on the CPU provider, or None where it was left out or is not possible
     report      the verification on the engine, or None
     unverified  why there is none, or None
+    quantization  of quantized graphs: how, and which products were kept in float, as plain values; else None
+    verified_on   the engine that the report is of, where it is another: quantized graphs are verified on the CPU
+                  where the machine cannot run their own
     """
 
     engine: str
@@ -80,6 +83,8 @@ class EngineGraphs:
     check: GraphCheck | None = None
     report: Report | None = None
     unverified: str | None = None
+    quantization: dict[str, Any] | None = None
+    verified_on: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest records: `verification.engines.ENGINE.DTYPE`."""
@@ -89,6 +94,8 @@ class EngineGraphs:
             "check": None if self.check is None else self.check.to_json(),
             "verification": None if self.report is None else summary(self.report),
             "unverified": self.unverified,
+            **({} if self.quantization is None else {"quantization": self.quantization}),
+            **({} if self.verified_on is None else {"verified_on": self.verified_on}),
         }
 
 
@@ -290,11 +297,19 @@ def _verify(
     if not options.segments:
         return replace(made, unverified="left out")
     _fill(stage, bundle, made)
-    source = open_source(stage)
-    reason = refusal(made.engine, source, made.dtype, 0)
+    engine, source = made.engine, open_source(stage)
+    reason = refusal(engine, source, made.dtype, 0)
     if reason is not None:
-        return replace(made, unverified=reason)
-    with RMTRuntime(stage, engine=made.engine, dtype=made.dtype) as runtime, contextlib.ExitStack() as stack:
+        made = replace(made, unverified=reason)
+        if made.quantization is None:
+            return made
+        # The same files, as the CPU provider computes them.
+        engine = "cpu"
+        made = replace(made, verified_on=engine)
+        _fill(
+            stage, bundle, replace(made, engine=engine, entries=tuple(replace(e, engine=engine) for e in made.entries))
+        )
+    with RMTRuntime(stage, engine=engine, dtype=made.dtype) as runtime, contextlib.ExitStack() as stack:
         name = "PyTorch recurrence"
         if reference is None:
             exact = stack.enter_context(RMTRuntime(stage, engine="cpu", dtype="fp32"))

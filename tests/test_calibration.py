@@ -22,15 +22,16 @@ from torch import nn
 from rmt_trt import RMTRuntime, StateSpec, StepSpec
 from rmt_trt.bundle import Bundle
 from rmt_trt.calibration import (
+    UINT8_INT8,
     CollectOptions,
     Ranges,
     Source,
-    add_int8,
+    add_static,
     collect,
     compare,
-    int8_graph,
     load_ranges,
     recurrent_feeds,
+    static_graph,
 )
 from rmt_trt.calibration import statistics as gathering
 from rmt_trt.calibration.documents import PARTS, drawn
@@ -374,7 +375,7 @@ def test_products_on_the_way_of_the_memory_stay_in_float32() -> None:
 
 def test_the_graph_has_symmetric_weights_by_channel_and_no_quantized_bias(gpt2: Ranges, tmp_path: Path) -> None:
     this = made("gpt2")
-    entry = int8_graph(this.bundle, gpt2, tmp_path / "int8.onnx")
+    entry = static_graph(this.bundle, gpt2, tmp_path / "int8.onnx", UINT8_INT8)
     assert (entry.file, entry.engine, entry.dtype, entry.role, entry.data) == ("int8.onnx", "cpu", "int8", "step", ())
     model = onnx.load(tmp_path / "int8.onnx")
     onnx.checker.check_model(model)
@@ -398,7 +399,8 @@ def test_the_graph_has_symmetric_weights_by_channel_and_no_quantized_bias(gpt2: 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_a_step_in_int8_is_near_the_fp32_step_and_not_the_same(name: str, tmp_path: Path) -> None:
     this, document = made(name), made(name).document(S, 5)
-    int8_graph(this.bundle, collect(this.bundle, sources(name, 6 * S, 6 * S), options()), tmp_path / "int8.onnx")
+    ranges = collect(this.bundle, sources(name, 6 * S, 6 * S), options())
+    static_graph(this.bundle, ranges, tmp_path / "int8.onnx", UINT8_INT8)
     with this.open() as exact, RMTRuntime(tmp_path / "int8.onnx", engine="cpu", threads=1) as rough:
         wanted, found = exact.run(document), rough.run(document)
     for pair in ((found.memory, wanted.memory), (found.logits, wanted.logits)):
@@ -406,7 +408,7 @@ def test_a_step_in_int8_is_near_the_fp32_step_and_not_the_same(name: str, tmp_pa
 
 
 def test_the_example_in_int8_gives_the_answers_of_fp32(example: Ranges, bundle: Path) -> None:
-    added = add_int8(bundle, example, EngineOptions(segments=24))
+    added = add_static(bundle, example, options=EngineOptions(segments=24))
     assert added.report is not None
     assert added.report.passed
     assert (added.report.needed, added.report.tolerance) == (0.99, None)
@@ -418,7 +420,7 @@ def test_the_example_in_int8_gives_the_answers_of_fp32(example: Ranges, bundle: 
     with RMTRuntime(bundle, engine="cpu", dtype="int8") as runtime, RMTRuntime(bundle, engine="cpu") as exact:
         assert (runtime.dtype, exact.dtype) == ("int8", "fp32")
         assert relative_error(runtime.run([5] * 300).memory, exact.run([5] * 300).memory) > 1e-4
-    again = add_int8(bundle, example, EngineOptions(segments=2))
+    again = add_static(bundle, example, options=EngineOptions(segments=2))
     assert [graph for graph in Bundle(bundle).manifest.graphs if graph.dtype == "int8"] == list(again.entries)
 
 
@@ -427,25 +429,26 @@ def test_a_graph_whose_answers_differ_is_not_added(example: Ranges, bundle: Path
     bad, before = replace(example, tensors=narrow), (bundle / "manifest.json").read_bytes()
     message = r"engine 'cpu' \(int8\) gives \d+\.\d+% of the PyTorch recurrence's answers, fewer than 99%"
     with pytest.raises(VerificationError, match=message):
-        add_int8(bundle, bad)
+        add_static(bundle, bad)
     assert (bundle / "manifest.json").read_bytes() == before
     with pytest.raises(VerificationError, match=r"more than 1.0e-03"):
-        add_int8(bundle, example, EngineOptions(tolerance=1e-3))
-    kept = add_int8(bundle, bad, EngineOptions(accept_drift=True))
+        add_static(bundle, example, options=EngineOptions(tolerance=1e-3))
+    kept = add_static(bundle, bad, options=EngineOptions(accept_drift=True))
     assert kept.to_json()["verification"]["accepted_drift"]
 
 
 def test_ranges_of_another_model_or_export_are_refused(gpt2: Ranges, example: Ranges, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="the ranges were taken from a model with fingerprint"):
-        int8_graph(example_bundle(), gpt2, tmp_path / "x.onnx")
+        static_graph(example_bundle(), gpt2, tmp_path / "x.onnx", UINT8_INT8)
     first, *others = example.tensors
     with pytest.raises(
         FormatError, match=f"no range of the tensor '{first}': the ranges were taken from another export"
     ):
-        int8_graph(
+        static_graph(
             example_bundle(),
             replace(example, tensors={name: example.tensors[name] for name in others}),
             tmp_path / "x.onnx",
+            UINT8_INT8,
         )
 
 
@@ -454,7 +457,7 @@ def test_a_bundle_without_an_int8_graph_says_how_to_add_one() -> None:
 
     with pytest.raises(EngineError, match=r"the bundle holds no int8 graph for it\. Add one with rmt-calibrate"):
         RMTRuntime(example_bundle(), engine="cpu", dtype="int8")
-    with pytest.raises(EngineError, match="it runs fp32, int8, .*int4-weights graphs, not fp16"):
+    with pytest.raises(EngineError, match=r"it runs fp32, int8, .*int4-weights graphs, not fp16"):
         RMTRuntime(example_bundle(), engine="cpu", dtype="fp16")
 
 

@@ -233,7 +233,7 @@ def _collect(
 
 def _add(path: Path, ranges: Ranges, options: EngineOptions, screen: Console) -> None:
     """Adds the graph, and says what it is and how far it was proved."""
-    from rmt_trt.calibration import add_int8
+    from rmt_trt.calibration import add_static
 
     started = time.perf_counter()
     with stage_progress(screen) as bars:
@@ -245,7 +245,7 @@ def _add(path: Path, ranges: Ranges, options: EngineOptions, screen: Console) ->
             bars.update(tasks[stage], completed=done, total=total)
 
         try:
-            made = add_int8(path, ranges, options, show)
+            made = add_static(path, ranges, options=options, progress=show)
         except VerificationError as err:
             if "rows" in err.report:
                 screen.print(drift_table(err.report))

@@ -78,6 +78,7 @@ def record_lines(engine: str, dtype: str, record: Mapping[str, Any]) -> list[str
     if plain is None and isinstance(fused, dict):
         counts = sorted(fused.items(), key=lambda item: str(item[0]))
         lines = [f"{engine} {dtype}: fused: " + ", ".join(f"{_value(count)} {_value(name)}" for name, count in counts)]
+    lines += _quantization_lines(record.get("quantization"))
     check, verdict = record.get("check"), record.get("verification")
     if isinstance(check, dict):
         lines.append(
@@ -94,8 +95,26 @@ def record_lines(engine: str, dtype: str, record: Mapping[str, Any]) -> list[str
                 else f"agreement of the answers {_share(verdict.get('agreement'))}, needed {_share(verdict.get('needed'))}"
             )
         )
+        if record.get("verified_on") is not None:
+            lines.append(
+                f"  that was engine {_value(record['verified_on'])}; not on its own: {_value(record.get('unverified'))}"
+            )
     else:
         lines.append(f"  not verified on its engine: {_value(record.get('unverified'))}")
+    return lines
+
+
+def _quantization_lines(value: object) -> list[str]:
+    """What a quantized graph keeps in float, and what else its record says."""
+    if not isinstance(value, dict):
+        return []
+    lists = {name: items for name, items in value.items() if isinstance(items, list) and items}
+    plain = {name: item for name, item in value.items() if name != "method" and isinstance(item, (str, int, float))}
+    lines = ["  " + ", ".join(f"{_value(name)} {_value(item)}" for name, item in plain.items())] if plain else []
+    for name, items in lists.items():
+        lines.append(
+            f"  {_value(name)}, {len(items)}: {', '.join(map(_value, items[:6]))}{', ...' if items[6:] else ''}"
+        )
     return lines
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 NAME = "cpu"
 DTYPES = ("fp32", *QUANTIZED)  # the first is taken where none is asked for
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
+E4M3 = "float8e4m3fn"
 OLDEST = (1, 24, 4)  # 1.23 opens ../ and absolute paths of external data
 
 
@@ -81,13 +82,26 @@ def open_session(path: Path, threads: int | None = None) -> Any:
 
     Errors: FormatError, with ONNX Runtime's own words.
     """
+    if not path.is_file():
+        raise FormatError(f"{path} is no file; expected an ONNX graph")
+    try:
+        return _session(path, threads, {})
+    except FormatError as err:
+        if E4M3 not in str(err):
+            raise
+    # ONNX Runtime 1.31 makes products of E4M3 into a node for integers, which it then refuses. Unfused, they are rounded
+    # to E4M3 and multiplied in float32.
+    return _session(path, threads, {"session.disable_quant_qdq": "1"})
+
+
+def _session(path: Path, threads: int | None, entries: dict[str, str]) -> Any:
     ort = library()
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
-    if not path.is_file():
-        raise FormatError(f"{path} is no file; expected an ONNX graph")
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as err:  # ONNX Runtime's exceptions share no base class of their own

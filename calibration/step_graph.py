@@ -1,0 +1,84 @@
+"""The fp32 graph of a step, read to be quantized, and what was made of it, written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmt_trt.bundle import Bundle, GraphEntry
+from rmt_trt.calibration.products import Product, products
+from rmt_trt.calibration.tapped import step_entry
+from rmt_trt.errors import FormatError, require
+from rmt_trt.files import cannot_write
+from rmt_trt.initial_state import INITIAL_KEY, SPEC_KEY
+
+EXTERNAL_DATA_BYTES = (1 << 31) - (16 << 20)  # protobuf refuses 2 GiB
+
+
+def read_step(bundle: Bundle) -> tuple[Any, tuple[Product, ...]]:
+    """The bundle's fp32 step as an onnx.ModelProto with its weights, and the products in it that can be quantized.
+
+    Errors: FormatError, when there is no such graph or nothing in it to quantize.
+    """
+    onnx = require("onnx", "export", "a quantized graph")
+    model = onnx.load(str(bundle.graph_path(step_entry(bundle))))
+    chosen = products(model, bundle.spec)
+    if not chosen:
+        raise FormatError(
+            f"{bundle.path} has nothing to quantize: its step has no product of an activation with a constant float32 weight"
+        )
+    return model, chosen
+
+
+def write_step(model: Any, source: Any, path: Path, dtype: str) -> GraphEntry:
+    """Writes a quantized step to `path`, its weights in `path`.data where one file cannot hold them. source: the model that
+    it was made of, whose spec and initial state it gets. Returns its entry; names are those of the files.
+
+    Errors: FormatError, when it cannot be written.
+    """
+    onnx = require("onnx", "export", "a quantized graph")
+    metadata = {item.key: item.value for item in source.metadata_props}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {key: metadata[key] for key in (SPEC_KEY, INITIAL_KEY)})
+    large = model.ByteSize() >= EXTERNAL_DATA_BYTES
+    data = f"{path.name}.data"
+    try:
+        onnx.save(model, str(path), save_as_external_data=large, location=data)
+    except OSError as err:
+        raise cannot_write(path, err) from err
+    opset = max(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+    return GraphEntry(path.name, dtype=dtype, opset=opset, data=(data,) if large else ())
+
+
+def split_gemms(graph: Any, names: Iterable[str]) -> None:
+    """Makes MatMul and Add of the Gemm nodes named: ONNX Runtime has no 8-bit kernel for a Gemm with a bias in float32."""
+    onnx = require("onnx", "export", "a quantized graph")
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    wanted, nodes = set(names), []
+    for node in graph.node:
+        if node.op_type != "Gemm" or node.name not in wanted:
+            nodes.append(node)
+            continue
+        weight = node.input[1]
+        if any(item.name == "transB" and item.i for item in node.attribute):
+            value = onnx.numpy_helper.to_array(weights[weight])
+            weight = f"{node.name}_weight"
+            graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value.T), weight))
+        bias = list(node.input[2:])
+        product = f"{node.name}_product" if bias else node.output[0]
+        nodes.append(onnx.helper.make_node("MatMul", [node.input[0], weight], [product], node.name))
+        if bias:
+            nodes.append(onnx.helper.make_node("Add", [product, *bias], list(node.output), f"{node.name}_bias"))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def drop_unused(graph: Any) -> None:
+    """Removes initializers that no node reads."""
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
