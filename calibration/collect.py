@@ -8,7 +8,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class CollectOptions:
     """method: "minmax", "entropy" or "percentile". draws: segments drawn from each third of a document, beside the first,
-    the last and those after 1, 2, 4, 8, ... others. seed: of the draws. threads: of a step; None takes all cores."""
+    the last and those after 1, 2, 4, 8, ... others. seed: of the draws. threads: of a step; None takes all cores.
+    first_only: look at the first segment of each document alone, as a calibration that knows of no recurrence would."""
 
     method: str = "minmax"
     draws: int = 8
     seed: int = 0
     threads: int | None = None
+    first_only: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -82,6 +84,8 @@ def collect(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     spec = bundle.spec
     about = all_counted(sources, spec, options.draws, options.seed)
+    if options.first_only:
+        about = [replace(one, drawn=(0,)) for one in about]
     if partial is not None:
         check_target(partial)
     with tempfile.TemporaryDirectory(prefix="rmt-calibrate-") as folder:
@@ -107,6 +111,7 @@ def collect(
         spec.fingerprint, options.method, options.seed,
         {name: found[name] for name in states}, {name: found[name] for name in statistics.names[len(states) :]},
         tuple(asdict(one) for one in about), dict(data or {}), made_by(onnxruntime=version("onnxruntime")),
+        {name: tuple(statistics.channels[name].tolist()) for name in statistics.names[len(states) :]},
     )  # fmt: skip
 
 
@@ -131,7 +136,7 @@ def _run(
         reader.skip(_tokens_before(plan, place.segment))
         done = sum(before.tokens for before in about[: place.document])
         drawn = set(one.drawn)
-        while place.segment < one.segments:
+        while place.segment <= one.drawn[-1]:
             ids = reader.read(plan.size(place.segment))
             feeds = {**dict(zip(inputs, place.states, strict=True)), SEGMENT: ids[None]}
             looked = place.segment in drawn
@@ -143,7 +148,8 @@ def _run(
             if partial is not None and time.monotonic() - saved >= SAVE_SECONDS:
                 _save(partial, key, statistics, place)
                 saved = time.monotonic()
-            progress(done + min(one.tokens, _tokens_before(plan, place.segment)), total)
+            behind = place.segment > one.drawn[-1]
+            progress(done + (one.tokens if behind else _tokens_before(plan, place.segment)), total)
         place.document, place.segment, place.states = place.document + 1, 0, _initial(bundle)
 
 
@@ -161,8 +167,9 @@ def _ranges(statistics: Statistics) -> dict[str, TensorRange]:
     for number, name in enumerate(statistics.names):
         octaves = [(octave, *statistics.along[number, octave].tolist()) for octave in range(OCTAVES)]
         along = tuple(((1 << octave) // 2, low, high) for octave, low, high in octaves if low <= high)
-        early, middle, late = ((float(low), float(high)) for low, high in statistics.parts[number])
-        found[name] = TensorRange(float(thresholds[number]), early, middle, late, along)
+        bounds = [(float(low), float(high)) for low, high in statistics.parts[number]]
+        middle, late = (part if part[0] <= part[1] else None for part in bounds[1:])
+        found[name] = TensorRange(float(thresholds[number]), bounds[0], middle, late, along)
     return found
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rmt_trt.calibration.documents import PARTS
 from rmt_trt.calibration.statistics import METHODS, OCTAVES
@@ -18,6 +21,8 @@ from rmt_trt.files import read_json, write_file
 FORMAT = "rmt-trt-ranges"
 FORMAT_VERSION = 1
 LIMIT = 256 << 20
+CHANNELS_VERSION = 1  # of `channels` alone: readers that do not know it pass it over
+MOST_CHANNELS = 1 << 20  # of one tensor
 Bounds = tuple[float, float]
 
 
@@ -26,24 +31,24 @@ class TensorRange:
     """Smallest and largest value of a tensor.
 
     threshold  it is quantized from -threshold to threshold
-    early, middle, late   the bounds in the segments drawn from that third of the documents
+    early, middle, late   the bounds in the segments drawn from that third of the documents; None where none was drawn
     along      (first segment of an octave, lowest, highest): segment 0, 1, from 2 on, from 4 on, ...; octaves out of
                which no segment was drawn are left out
     """
 
     threshold: float
     early: Bounds
-    middle: Bounds
-    late: Bounds
+    middle: Bounds | None
+    late: Bounds | None
     along: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def low(self) -> float:
-        return min(self.early[0], self.middle[0], self.late[0])
+        return min(part[0] for part in (self.early, self.middle, self.late) if part is not None)
 
     @property
     def high(self) -> float:
-        return max(self.early[1], self.middle[1], self.late[1])
+        return max(part[1] for part in (self.early, self.middle, self.late) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Ranges:
     tensors      those of the products' inputs, by name
     documents    what `Counted` says of each, the segments that were looked at among it
     data         what a command was given, for a reader
+    channels     largest magnitude of each tensor in each place of its last axis, (k,) float32 values; {} of files that were
+                 written before these were taken
     """
 
     fingerprint: str
@@ -65,6 +72,7 @@ class Ranges:
     documents: tuple[dict[str, Any], ...]
     data: dict[str, Any] = field(default_factory=dict)
     made_by: dict[str, str] = field(default_factory=dict)
+    channels: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def segments(self) -> int:
@@ -74,6 +82,12 @@ class Ranges:
     def save(self, path: Path) -> None:
         """Errors: FormatError, when it cannot be written."""
         value = asdict(self) | {"format": FORMAT, "format_version": FORMAT_VERSION}
+        coded = {name: _coded(channels) for name, channels in self.channels.items()}
+        value["channels"] = {
+            "version": CHANNELS_VERSION,
+            "encoding": "base64 of little-endian float32",
+            "values": coded,
+        }
         for group in ("states", "tensors"):
             for name, tensor in getattr(self, group).items():
                 value[group][name] |= {"low": tensor.low, "high": tensor.high}
@@ -114,7 +128,8 @@ def load_ranges(path: Path | str) -> Ranges:
             f"{path} has format version {value.get('format_version')!r:.40}; this rmt-trt reads version {FORMAT_VERSION}"
         )
     try:
-        known = {one.name: value[one.name] for one in fields(Ranges)}
+        known = {one.name: value[one.name] for one in fields(Ranges) if one.name != "channels"}
+        known["channels"] = _channels(value.get("channels"))
         for group in ("states", "tensors"):
             known[group] = {name: _tensor(name, one) for name, one in known[group].items()}
         known["documents"] = tuple(_document(one) for one in known["documents"])
@@ -141,8 +156,27 @@ def _tensor(name: str, value: Mapping[str, Any]) -> TensorRange:
     threshold = float(value["threshold"])
     if not 0 <= threshold < math.inf:
         raise ValueError(f"tensor {name!r:.80} has the threshold {threshold}")
-    early, middle, late = (_bounds(name, value[part]) for part in PARTS)
-    return TensorRange(threshold, early, middle, late, along)
+    middle, late = (None if value[part] is None else _bounds(name, value[part]) for part in PARTS[1:])
+    return TensorRange(threshold, _bounds(name, value["early"]), middle, late, along)
+
+
+def _coded(channels: tuple[float, ...]) -> str:
+    return base64.b64encode(np.array(channels, "<f4").tobytes()).decode("ascii")
+
+
+def _channels(value: Any) -> dict[str, tuple[float, ...]]:
+    """Those of a version that is known; {} of any other."""
+    if value is None or value["version"] != CHANNELS_VERSION:
+        return {}
+    found = {}
+    for name, text in value["values"].items():
+        if len(text) > 6 * MOST_CHANNELS:
+            raise ValueError(f"tensor {name!r:.80} has more than {MOST_CHANNELS} channels")
+        channels = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+        if not len(channels) or not np.isfinite(channels).all() or channels.min() < 0:
+            raise ValueError(f"tensor {name!r:.80} has channels that are no magnitudes")
+        found[name] = tuple(channels.tolist())
+    return found
 
 
 def _bounds(name: str, value: Any) -> Bounds:

@@ -28,6 +28,7 @@ OCTAVES = 41  # segment 0, 1, 2-3, 4-7, ...: no document has more than 2**40 seg
 
 class Statistics:
     """parts (n, 3, 2) and along (n, OCTAVES, 2): smallest and largest value of each tensor by part and octave.
+    channels: largest magnitude of each tensor in each place of its last axis, float32, of those that are to be quantized.
 
     states  so many of the names come first that are not to be quantized: their threshold is their largest magnitude
     """
@@ -39,6 +40,7 @@ class Statistics:
         empty = np.array([np.inf, -np.inf], np.float32)
         self.parts = np.tile(empty, (len(names), len(PARTS), 1))
         self.along = np.tile(empty, (len(names), OCTAVES, 1))
+        self.channels: dict[str, np.ndarray] = {}
         self._collector: Any = None
         if method != "minmax":
             calibrate = require("onnxruntime.quantization.calibrate", "export", "calibration")
@@ -56,7 +58,11 @@ class Statistics:
                 )
             for kept in (self.parts[number, part], self.along[number, segment.bit_length()]):
                 kept[:] = min(kept[0], found[0]), max(kept[1], found[1])
-            if self._collector is not None and number >= self._states:
+            if number < self._states:
+                continue
+            channels = np.abs(value).max(axis=tuple(range(value.ndim - 1)))
+            self.channels[name] = np.maximum(channels, self.channels.get(name, channels))
+            if self._collector is not None:
                 self._count(name, value, float(np.abs(found).max()))
 
     def _count(self, name: str, value: np.ndarray, largest: float) -> None:
@@ -83,6 +89,9 @@ class Statistics:
     def arrays(self) -> dict[str, np.ndarray]:
         """All that was gathered, by name, for a file to go on from."""
         found = {"parts": self.parts, "along": self.along}
+        for number, name in enumerate(self.names):
+            if name in self.channels:
+                found[f"channels.{number}"] = self.channels[name]
         if self._collector is not None:
             for number, name in enumerate(self.names):
                 for place, value in enumerate(self._collector.histogram_dict.get(name, ())):
@@ -93,6 +102,8 @@ class Statistics:
         """Takes what `arrays` gave. Errors: KeyError or ValueError, where it is not that."""
         for name in ("parts", "along"):
             getattr(self, name)[...] = arrays[name]
+        held = {name: f"channels.{number}" for number, name in enumerate(self.names)}
+        self.channels = {name: arrays[key] for name, key in held.items() if key in arrays}
         if self._collector is None:
             return
         for number, name in enumerate(self.names):
