@@ -143,8 +143,21 @@ def _quantized(model: Any, nodes: list[str], thresholds: Mapping[str, float], ki
         extra_options=options,
     )  # fmt: skip
     quantizer.quantize_model()
+    _only_for_products(quantizer.model.model.graph, nodes)
     quantizer.model.topological_sort()
     return quantizer.model.model
+
+
+def _only_for_products(graph: Any, products: Collection[str]) -> None:
+    """Gives what is no product the tensors themselves: where one product alone reads a tensor, the library puts its pair
+    before the tensor's other readers too, such as the residual stream."""
+    makers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.name in products or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        for place, name in enumerate(node.input):
+            if name in makers and makers[name].op_type == "DequantizeLinear":
+                node.input[place] = makers[makers[name].input[0]].input[0]
 
 
 def _e4m3_scales(
