@@ -13,6 +13,7 @@ from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.calibration.products import Product
 from rmt_trt.calibration.ranges import Ranges
 from rmt_trt.calibration.step_graph import drop_unused, read_step, split_gemms, write_step
+from rmt_trt.calibration.tables import Table, quantize_tables, tables
 from rmt_trt.errors import ContractError, FormatError, require
 
 Rescale = Mapping[str, np.ndarray]
@@ -20,16 +21,18 @@ Rescale = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Kind:
-    """What a static graph's products are of. weight, activation: members of onnxruntime.quantization's QuantType."""
+    """What a static graph's products are of. weight, activation: members of onnxruntime.quantization's QuantType.
+    tables: embedding tables are of int8 rows, which is for ONNX Runtime alone."""
 
     dtype: str
     weight: str
     activation: str
+    tables: bool = False
 
 
 # On x86, ONNX Runtime fuses products of uint8 (here with zero point 128) and int8. Of int8 and int8 it fused 8 of the
 # example's 24, and where it was told to fuse all, a step took five times as long.
-UINT8_INT8 = Kind("int8", "QInt8", "QUInt8")
+UINT8_INT8 = Kind("int8", "QInt8", "QUInt8", tables=True)
 INT8 = Kind("int8", "QInt8", "QInt8")  # zero points 0, which is all that TensorRT takes
 FP8 = Kind("fp8", "QFLOAT8E4M3FN", "QFLOAT8E4M3FN")
 
@@ -61,7 +64,7 @@ def static_graph(
     one each. All is symmetric. Biases, normalisation, attention's products, and what reads and writes the memory stay
     float32.
 
-    keep     nodes (`Product.node`) that stay float32 too
+    keep     nodes (`Product.node`) that stay float32 too, and embedding tables or their tied heads (`Table`), by name
     rescale  activation -> (k,) float32 s: the tensor is divided by s in front of its quantized products, and the rows of
              their weights are multiplied by it. `ranges` then has the range of the divided tensor, under the same name
 
@@ -71,7 +74,8 @@ def static_graph(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     ranges.require_model(bundle.spec, bundle.path)
     model, all_products = read_step(bundle)
-    chosen = _chosen(all_products, keep)
+    looked_up = tables(model) if kind.tables else ()
+    chosen = _chosen(all_products, looked_up, keep)
     missing = [product.activation for product in chosen if product.activation not in ranges.tensors]
     if missing:
         raise FormatError(
@@ -83,11 +87,13 @@ def static_graph(
     renamed = _rescaled(model.graph, {product.node for product in chosen}, thresholds, rescale or {})
     thresholds = {renamed.get(name, name): threshold for name, threshold in thresholds.items()}
     quantized = _quantized(model, [product.node for product in chosen], thresholds, kind)
+    quantize_tables(quantized, [table for table in looked_up if not {table.name, *table.heads} & set(keep)])
     return write_step(quantized, model, path, kind.dtype)
 
 
-def _chosen(found: tuple[Product, ...], keep: Collection[str]) -> tuple[Product, ...]:
-    unknown = sorted(set(keep) - {product.node for product in found})
+def _chosen(found: tuple[Product, ...], looked_up: tuple[Table, ...], keep: Collection[str]) -> tuple[Product, ...]:
+    known = {product.node for product in found} | {name for table in looked_up for name in (table.name, *table.heads)}
+    unknown = sorted(set(keep) - known)
     if unknown:
         raise ContractError(
             f"{unknown[0]!r:.80} is no product of this step that could be quantized; expected names such as {found[0].node!r}"
