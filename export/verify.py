@@ -1,25 +1,58 @@
-"""Verification: an engine against the PyTorch recurrence, memory and logits, after every one of many segments.
+"""Verification: engines against the PyTorch recurrence, memory, logits and answers, after every one of many segments.
 
-An error that one step hides can grow or die out along a recurrence, so the report gives it after 1, 2, 4, 8, ...
+An error that one step hides can grow or die out along a recurrence: `drift.py` judges which. The reference is stepped once,
+however many engines are compared with it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
 
 from rmt_trt.contract import QUANTIZED, StepSpec
-from rmt_trt.errors import ContractError, VerificationError
+from rmt_trt.errors import ContractError
+from rmt_trt.export.drift_report import Curve, Drift, Octave, Report, Same, cosine
+from rmt_trt.export.verify_documents import (
+    MAX_SEGMENTS,
+    Documents,
+    check_segments,
+    own_documents,
+    random_document,
+    random_documents,
+)
 from rmt_trt.model.recurrence import recurrence
 from rmt_trt.model.step import DecoderStep, EncoderStep
 from rmt_trt.runtime import Piece, RMTRuntime
 from rmt_trt.runtime.segments import cut
+
+__all__ = [
+    "AGREEMENT",
+    "MAX_SEGMENTS",
+    "TOLERANCES",
+    "Documents",
+    "Drift",
+    "Octave",
+    "Reference",
+    "Report",
+    "Same",
+    "check_options",
+    "engine_reference",
+    "limits",
+    "memory_effect",
+    "model_reference",
+    "own_documents",
+    "random_document",
+    "random_documents",
+    "relative_error",
+    "step_reference",
+    "token_scores",
+    "verify",
+    "verify_all",
+]
 
 # Largest relative L2 error of memory and logits that is accepted along the recurrence. fp32: the largest seen over
 # all backbones and lengths of the parity tests is some 1e-6 (docs/results/parity.md), so a hundred times that. fp16 and
@@ -28,101 +61,13 @@ from rmt_trt.runtime.segments import cut
 # worth a look.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 # Of dtypes whose rounding is no small error: the least share of answers that are the reference's own, an answer being the
-# largest logit, after every segment of a classifier, behind every token of a language model.
-AGREEMENT = dict.fromkeys(QUANTIZED, 0.99)
-MAX_SEGMENTS = 1 << 16  # the document and its report are held in memory
+# largest logit, after every segment of a classifier, behind every token of a language model. A dtype in neither table is
+# held to LEAST_AGREEMENT.
+LEAST_AGREEMENT = 0.99
+AGREEMENT = dict.fromkeys(QUANTIZED, LEAST_AGREEMENT)
 # What a document is compared by: after every segment, its states in the spec's order and its logits.
 Reference = Callable[[np.ndarray], Iterable[tuple[tuple[np.ndarray, ...], np.ndarray]]]
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Relative L2 errors after a segment (1 is the first): the largest of the states', and the logits'."""
-
-    segment: int
-    tokens: int
-    memory: float
-    logits: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a verification found. `rows` has a Drift for every segment; `batch_*` is the worst of a batch of unequal lengths
-    and of runs without a stop, which take other graphs of an engine than a stream of pieces does.
-
-    memory_effect: by how much the logits of the last segment change when its memory is reset. Where it is tiny, the
-    logits say nothing about the memory.
-    tolerance: of the errors, or None where they are only told. agreement: the share of answers in the document and the batch
-    that are the reference's; needed: the least of it, or None.
-    """
-
-    engine: str
-    dtype: str
-    reference: str
-    segments: int
-    tolerance: float | None
-    rows: tuple[Drift, ...]
-    batch_memory: float
-    batch_logits: float
-    memory_effect: float
-    agreement: float = 1.0
-    needed: float | None = None
-
-    @property
-    def worst(self) -> float:
-        """The largest error of all; nan if one is."""
-        errors = [(self.batch_memory, self.batch_logits), *((row.memory, row.logits) for row in self.rows)]
-        return float(np.max(errors))
-
-    @property
-    def passed(self) -> bool:
-        if not math.isfinite(self.worst) or (self.tolerance is not None and self.worst > self.tolerance):
-            return False
-        return self.needed is None or self.agreement >= self.needed
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; numbers that are not finite, which JSON does not have, become None."""
-        return _finite(asdict(self) | {"worst": self.worst, "passed": self.passed})  # type: ignore[no-any-return]
-
-    def require(self) -> None:
-        """Errors: VerificationError, when the report did not pass."""
-        if not self.passed and self.tolerance is None:
-            raise VerificationError(
-                f"engine '{self.engine}' ({self.dtype}) gives {self.agreement:.2%} of the {self.reference}'s answers, fewer than "
-                f"{self.needed or 0:.0%}, with an error of {self.worst:.1e}. Measure its recall on your task with rmt-eval; keep "
-                f"it with --accept-drift, or set a limit of the error instead with --tolerance",
-                self.to_json(),
-            )
-        if not self.passed and self.tolerance is not None:
-            bad = next((r for r in self.rows if not max(r.memory, r.logits) <= self.tolerance), None)
-            where = (
-                f"after segment {bad.segment} (memory {bad.memory:.1e}, logits {bad.logits:.1e})"
-                if bad
-                else "in a batch"
-            )
-            raise VerificationError(
-                f"engine '{self.engine}' ({self.dtype}) drifts from the {self.reference} by {self.worst:.1e}, more than "
-                f"{self.tolerance:.1e}, first {where}. Set another limit with --tolerance, or keep it with --accept-drift",
-                self.to_json(),
-            )
-
-
-@dataclass
-class Same:
-    """How many answers there were, and how many of them were the reference's."""
-
-    answers: int = 0
-    equal: int = 0
-
-    @property
-    def share(self) -> float:
-        return self.equal / self.answers if self.answers else 0.0
-
-    def count(self, logits: np.ndarray | None, wanted: np.ndarray) -> None:
-        """logits (c,) or (n, v). An engine that gave none agrees in nothing."""
-        answers = wanted.argmax(axis=-1)
-        self.answers += answers.size
-        self.equal += 0 if logits is None else int((logits.argmax(axis=-1) == answers).sum())
+Progress = Callable[[int, int], None]
 
 
 def verify(
@@ -132,69 +77,128 @@ def verify(
     tolerance: float | None = None,
     seed: int = 0,
     name: str = "PyTorch recurrence",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Report:
-    """Runs a document of `segments` segments, one of them short, and a batch of unequal lengths through both.
+    """Runs a random document of `segments` segments, one of them short, and a batch of unequal lengths through both.
 
     progress is called with (segments done, segments in all). Errors: ContractError for options out of range.
     """
     check_options(segments, tolerance)
-    spec = runtime.spec
-    limit = TOLERANCES.get(runtime.dtype) if tolerance is None else tolerance
-    needed = AGREEMENT.get(runtime.dtype) if tolerance is None else None
-    if limit is None and needed is None:
-        raise ContractError(f"no tolerance is known for {runtime.dtype}; give one (--tolerance)")
-    document = random_document(spec, (segments - 1) * spec.segment_length + max(1, spec.segment_length // 3), seed)
-    lengths = sorted({1, max(1, spec.segment_length - 1), spec.segment_length + 1, 2 * spec.segment_length})
-    batch = [random_document(spec, length, seed + 1 + i) for i, length in enumerate(lengths)]
-    total = segments + sum(cut(n, spec.segment_length, spec.alignment).count(n) for n in lengths)
+    documents = random_documents(runtime.spec, segments, seed)
+    return verify_all([runtime], reference, documents, tolerance, name, progress)[0]
 
-    rows: list[Drift] = []
-    last: Piece | None = None
+
+def verify_all(
+    runtimes: Sequence[RMTRuntime],
+    reference: Reference,
+    documents: Documents,
+    tolerance: float | None = None,
+    name: str = "PyTorch recurrence",
+    progress: Progress = lambda done, total: None,
+) -> tuple[Report, ...]:
+    """A report for each runtime of one model: all are stepped beside one pass of the reference over the document.
+
+    tolerance: None takes what the tables have for each dtype. progress: as `verify`. Errors: ContractError for a tolerance
+    that is not above 0, and for runtimes of different models.
+    """
+    check_options(2, tolerance)
+    if not runtimes or any(one.spec != runtimes[0].spec for one in runtimes):
+        raise ContractError(
+            "verify_all got no runtimes, or runtimes of different models; expected engines of one model"
+        )
+    spec, document = runtimes[0].spec, documents.document
+    total = documents.segments + len(runtimes) * documents.batch_segments(spec)
+    compared = [_Compared(runtime, *limits(runtime.dtype, tolerance)) for runtime in runtimes]
+    streams = [runtime.stream(document, memory=True) for runtime in runtimes]
+
     end: tuple[tuple[np.ndarray, ...], np.ndarray] | None = None
     scores: list[np.ndarray] = []
-    same = Same()
-    pairs = zip(runtime.stream(document, memory=True), reference(document), strict=True)
-    for number, (piece, (states, logits)) in enumerate(pairs, 1):
-        rows.append(Drift(number, piece.stop, *_errors(piece.states, piece.logits, states, logits)))
-        same.count(piece.logits, logits)
+    for number, ((states, logits), *pieces) in enumerate(zip(reference(document), *streams, strict=True), 1):
+        for one, piece in zip(compared, pieces, strict=True):
+            one.add(piece, states, logits)
         if spec.logits == "lm":
-            scores.append(token_scores(None if end is None else end[1][-1], logits, document[piece.start : piece.stop]))
-        last, end = piece, (states, logits)  # one at a time: a model's logits of many segments would fill the memory
+            ids = document[pieces[0].start : pieces[0].stop]
+            scores.append(token_scores(None if end is None else end[1][-1], logits, ids))
+        end = states, logits  # one at a time: a model's logits of many segments would fill the memory
         progress(number, total)
     assert end is not None
-    found = [_compare_batch(runtime, reference, batch, same), _compare_runs(runtime, document, *end, scores)]
-    worst = [float(np.max(errors)) for errors in zip(*found, strict=True)]
-    progress(total, total)
-    return Report(
-        engine=runtime.engine,
-        dtype=runtime.dtype,
-        reference=name,
-        segments=segments,
-        tolerance=limit,
-        rows=tuple(rows),
-        batch_memory=worst[0],
-        batch_logits=worst[1],
-        memory_effect=memory_effect(runtime, document, last),
-        agreement=same.share,
-        needed=needed,
-    )
+    reports = []
+    for one in compared:
+        reports.append(one.report(reference, documents, *end, scores, name))
+        progress(documents.segments + len(reports) * documents.batch_segments(spec), total)
+    return tuple(reports)
+
+
+@dataclass
+class _Compared:
+    """An engine on its way through the document."""
+
+    runtime: RMTRuntime
+    tolerance: float | None
+    needed: float | None
+    curve: Curve = field(init=False)
+    same: Same = field(default_factory=Same)
+    last: Piece | None = None
+
+    def __post_init__(self) -> None:
+        self.curve = Curve(self.tolerance)
+
+    def add(self, piece: Piece, states: tuple[np.ndarray, ...], logits: np.ndarray) -> None:
+        """The next segment, and what the reference gives there."""
+        answers = Same()
+        answers.count(piece.logits, logits)
+        self.same.add(answers)
+        errors = _errors(piece.states, piece.logits, states, logits)
+        self.curve.add(piece.stop, *errors, cosine(piece.states, states), answers)
+        self.last = piece
+
+    def report(
+        self,
+        reference: Reference,
+        documents: Documents,
+        states: tuple[np.ndarray, ...],
+        logits: np.ndarray,
+        scores: Sequence[np.ndarray],
+        name: str,
+    ) -> Report:
+        """After the last segment. states, logits: the reference's there; scores: of all tokens, of a language model."""
+        runtime, document = self.runtime, documents.document
+        found = [
+            _compare_batch(runtime, reference, documents.batch, self.same),
+            _compare_runs(runtime, document, states, logits, scores),
+        ]
+        memory, rows = (float(np.max(errors)) for errors in zip(*found, strict=True))
+        return Report(
+            engine=runtime.engine,
+            dtype=runtime.dtype,
+            reference=name,
+            segments=documents.segments,
+            tolerance=self.tolerance,
+            rows=self.curve.rows(),
+            batch_memory=memory,
+            batch_logits=rows,
+            memory_effect=memory_effect(runtime, document, self.last),
+            agreement=self.same.share,
+            needed=self.needed,
+            octaves=self.curve.octaves(),
+            document=documents.name,
+        )
+
+
+def limits(dtype: str, tolerance: float | None = None) -> tuple[float | None, float | None]:
+    """(largest error, least agreement) that a dtype is held to; one of them is None."""
+    if tolerance is not None:
+        return tolerance, None
+    if dtype in TOLERANCES:
+        return TOLERANCES[dtype], None
+    return None, AGREEMENT.get(dtype, LEAST_AGREEMENT)
 
 
 def check_options(segments: int, tolerance: float | None) -> None:
     """Errors: ContractError, for a number of segments below 2 or beyond MAX_SEGMENTS, a tolerance that is not above 0."""
-    if isinstance(segments, bool) or not isinstance(segments, int) or segments < 2:
-        raise ContractError(f"segments is {segments!r}; expected at least 2, one of which is short")
-    if segments > MAX_SEGMENTS:
-        raise ContractError(f"segments is {segments}; a verification goes through {MAX_SEGMENTS} at most")
+    check_segments(segments)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
         raise ContractError(f"tolerance is {tolerance!r}; expected a number above 0 (--tolerance)")
-
-
-def random_document(spec: StepSpec, length: int, seed: int) -> np.ndarray:
-    """(length,) int64 ids drawn evenly from the vocabulary without the dropped ids."""
-    allowed = np.setdiff1d(np.arange(spec.vocab_size), np.array(spec.dropped_ids, np.int64))
-    return np.random.default_rng(seed).choice(allowed, length).astype(np.int64)
 
 
 def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
@@ -249,13 +253,13 @@ def memory_effect(runtime: RMTRuntime, document: np.ndarray, last: Piece | None)
 
 
 def _compare_batch(
-    runtime: RMTRuntime, reference: Reference, batch: list[np.ndarray], same: Same
+    runtime: RMTRuntime, reference: Reference, batch: Sequence[np.ndarray], same: Same
 ) -> tuple[float, float]:
     """The worst errors of memory and logits over every segment of every document, as many run together as the engine
     takes."""
     errors = []
     for start in range(0, len(batch), runtime.max_batch):
-        together = batch[start : start + runtime.max_batch]
+        together = list(batch[start : start + runtime.max_batch])
         wanted = [iter(reference(document)) for document in together]
         for piece in runtime.stream(together, memory=True):
             states, logits = next(wanted[piece.row])
@@ -298,11 +302,3 @@ def _errors(
 ) -> tuple[float, float]:
     memory = float(np.max([relative_error(value, want) for value, want in zip(states, wanted, strict=True)]))
     return memory, float("inf") if logits is None else relative_error(logits, wanted_logits)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,7 +20,7 @@ from shared import once, session_folder
 
 from rmt_trt import RMTRuntime, StepSpec
 from rmt_trt.export import ExportOptions, Report, export_model
-from rmt_trt.export.verify import Drift, random_document, relative_error
+from rmt_trt.export.verify import Drift, Octave, random_document, relative_error
 from rmt_trt.model.checkpoint import LoadedModel, load_model, save_model
 from rmt_trt.model.config import ModelConfig
 from rmt_trt.model.recurrence import recurrence
@@ -135,7 +135,9 @@ def made(name: str) -> Made:
     bundle = once(f"{name}.rmt", export)
     report = json.loads(bundle.with_suffix(".json").read_text(encoding="utf-8"))
     rows = tuple(Drift(**row) for row in report["rows"])
-    return Made(name, loaded.model, checkpoint, bundle, Report(**{**report, "rows": rows}), loaded.spec)
+    octaves = tuple(Octave(**octave) for octave in report["octaves"])
+    read = Report(**{**report, "rows": rows, "octaves": octaves})
+    return Made(name, loaded.model, checkpoint, bundle, read, loaded.spec)
 
 
 @functools.cache

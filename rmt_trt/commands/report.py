@@ -13,29 +13,58 @@ from rmt_trt.contract import QUANTIZED
 
 
 def drift_table(report: Mapping[str, Any]) -> Table:
-    """The errors after 1, 2, 4, 8, ... segments, of a report as `Report.to_json` gives it."""
+    """The errors in octaves of segments (1, 2 to 3, 4 to 7, ...), of a report as `Report.to_json` gives it."""
+    against = f"engine {report['engine']} ({report['dtype']}) against the {report['reference']}"
     table = Table(
-        title=printable(
-            f"engine {report['engine']} ({report['dtype']}) against the {report['reference']}, relative L2 error"
-        ),
+        title=printable(f"{against}, relative L2 error: median and largest of octaves of segments"),
         title_justify="left",
     )
-    for name in ("segment", "tokens", "memory", "logits"):
+    for name in ("segments", "memory", "largest", "logits", "largest", "1 - cosine", "answers"):
         table.add_column(name, justify="right")
-    rows = report["rows"]
-    for row in rows:
-        number = row["segment"]
-        if number & (number - 1) == 0 or row is rows[-1]:
-            table.add_row(str(number), printable(row["tokens"])[:20], _figure(row["memory"]), _figure(row["logits"]))
-    table.add_row("batch", "", _figure(report["batch_memory"]), _figure(report["batch_logits"]))
+    for octave in report.get("octaves") or _single(report["rows"]):
+        first, last = octave["first"], octave["last"]
+        table.add_row(
+            printable(f"{first}" if first == last else f"{first}-{last}")[:40],
+            *(_figure(octave[name]) for name in ("memory", "memory_largest", "logits", "logits_largest")),
+            "" if octave.get("cosine") is None else f"{max(0.0, 1 - octave['cosine']):.0e}",
+            _share(octave.get("agreement", "")),
+        )  # fmt: skip
+    table.add_row("batch", "", _figure(report["batch_memory"]), "", _figure(report["batch_logits"]), "", "")
     effect = report["memory_effect"]
     verdict = "passed" if report["passed"] else "FAILED"
     table.caption = (
         f"{verdict}: {_limits(report)}; resetting the memory changes the "
         f"last logits by {'an unknown share' if effect is None else format(effect, '.1%')}"
     )
+    table.caption = "\n".join([table.caption, *trend_lines(report)])
     table.caption_justify = "left"
     return table
+
+
+def trend_lines(report: Mapping[str, Any]) -> list[str]:
+    """What becomes of memory and logits along the recurrence, in words. An error that grows is a warning."""
+    trends, lines = report.get("trend"), []
+    for name in ("memory", "logits"):
+        trend = trends.get(name) if isinstance(trends, dict) else None
+        if isinstance(trend, dict):
+            warning = "warning: " if trend.get("kind") == "grows" else ""
+            lines.append(printable(f"{warning}the error of the {name} {trend.get('words')}")[:400])
+    return lines
+
+
+def _single(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Segments 1, 2, 4, 8, ... and the last, of a report that an older version wrote."""
+    shown = [row for row in rows if row["segment"] & (row["segment"] - 1) == 0 or row is rows[-1]]
+    return [
+        row
+        | {
+            "first": row["segment"],
+            "last": row["segment"],
+            "memory_largest": row["memory"],
+            "logits_largest": row["logits"],
+        }
+        for row in shown
+    ]
 
 
 def graphs_table(bundle: Bundle) -> Table:
