@@ -48,7 +48,7 @@ class Trend:
     kind      "saturates", "grows", "dies out", "too few to say", "not finite"
     rate      doublings of the error with each doubling of the segments; noise: how far it may be off
     segments  how many were gone through; first: the first one that the line rests on
-    level     the error on the line after the last segment
+    level     the error on the line after the last segment; 0 where the last octave has none
     crossing  segments after which the line crosses the tolerance, upwards where it grows, downwards where it dies out;
               earliest: at the fastest rate within the noise. None where it does not within 1,024 times the segments
     """
@@ -72,6 +72,8 @@ class Trend:
             return f"cannot be judged: {self.segments:,} segments are too few to say what becomes of it"
         if self.rate is None or self.noise is None or self.level is None:
             return self.kind
+        if self.level == 0:
+            return f"{self.kind}: none after {self.segments:,} segments"
         factor = f"times {2**self.rate:.2f} with each doubling of the segments"
         if self.kind == "saturates":
             return f"saturates: {self.level:.1e} after {self.segments:,} segments, {factor}"
@@ -98,7 +100,7 @@ def level(errors: Sequence[float] | np.ndarray, first: int) -> Level:
     if not np.isfinite(values).all():
         return Level(first, last, math.nan, math.nan, math.nan)
     logs = np.log2(np.maximum(values, FLOOR))
-    return Level(first, last, float(np.median(values)), _noise(logs), float(values.max()))
+    return Level(first, last, float(np.median(values)), _noise(logs, first), float(values.max()))
 
 
 def octaves(errors: Sequence[float] | np.ndarray) -> tuple[Level, ...]:
@@ -116,6 +118,9 @@ def judge(levels: Sequence[Level], tolerance: float | None = None) -> Trend:
     if len(used) < FEWEST:
         return Trend("too few to say", segments, tolerance=tolerance)
     rate, noise, end = _line(used, segments)
+    if used[-1].median <= FLOOR:
+        ended: Kind = "dies out" if any(one.median > FLOOR for one in levels) else "saturates"
+        return Trend(ended, segments, used[0].first, rate, noise, 0.0, tolerance)
     kind = _kind(rate, noise)
     crossing = earliest = None
     if kind in ("grows", "dies out"):
@@ -148,13 +153,18 @@ def _line(levels: Sequence[Level], segments: int) -> tuple[float, float, float]:
     return rate, SURE * math.sqrt(medians + scatter), end
 
 
-def _noise(logs: np.ndarray) -> float:
-    """Standard error of the median. Neighbours along a recurrence resemble each other, so that n of them say less than n
-    values that are drawn anew."""
-    spread = float(np.subtract(*np.percentile(logs, [75, 25]))) / QUARTILES
-    centred = logs - logs.mean()
-    square = float(centred @ centred)
-    likeness = min(max(float(centred[:-1] @ centred[1:]) / square, 0.0), 0.99) if square > 0 else 0.0
+def _noise(logs: np.ndarray, first: int) -> float:
+    """Standard error of the median, in which a trend within the octave has no part. Neighbours along a recurrence resemble
+    each other, so that n of them say less than n values that are drawn anew."""
+    if len(logs) < LEAST:
+        return 0.0  # too few to tell noise from a trend; no line goes through these
+    places = np.log2(np.arange(first, first + len(logs)))
+    places -= places.mean()
+    left = logs - logs.mean()
+    left -= places * float(places @ left) / float(places @ places)
+    spread = float(np.subtract(*np.percentile(left, [75, 25]))) / QUARTILES
+    square = float(left @ left)
+    likeness = min(max(float(left[:-1] @ left[1:]) / square, 0.0), 0.99) if square > 0 else 0.0
     return MEDIAN * spread * math.sqrt((1 + likeness) / (1 - likeness) / len(logs))
 
 

@@ -43,13 +43,16 @@ def drift_table(report: Mapping[str, Any]) -> Table:
 
 def trend_lines(report: Mapping[str, Any]) -> list[str]:
     """What becomes of memory and logits along the recurrence, in words. An error that grows is a warning."""
-    trends, lines = report.get("trend"), []
+    trends = report.get("trend")
+    told: dict[tuple[bool, str], list[str]] = {}
     for name in ("memory", "logits"):
         trend = trends.get(name) if isinstance(trends, dict) else None
         if isinstance(trend, dict):
-            warning = "warning: " if trend.get("kind") == "grows" else ""
-            lines.append(printable(f"{warning}the error of the {name} {trend.get('words')}")[:400])
-    return lines
+            told.setdefault((trend.get("kind") == "grows", str(trend.get("words"))), []).append(name)
+    return [
+        printable(f"{'warning: ' if grows else ''}the error of the {' and the '.join(names)} {words}")[:400]
+        for (grows, words), names in told.items()
+    ]
 
 
 def _single(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
