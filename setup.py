@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "rmt_trt/__init__.py").read_text(encoding="utf-8"), re.M)
@@ -62,6 +63,33 @@ EXTRAS["dev"] = [
     "tensorrt-lean-cu13>=11.4",  # its names are compared with those that the code uses; it is never started
 ]
 
+
+class BuildNative(build_ext):
+    """Puts the source of the GPU kernels into a C string first: NVRTC compiles it where it is used."""
+
+    def build_extension(self, ext: Extension) -> None:
+        lines = (HERE / "native/kernels.cu").read_text(encoding="ascii").splitlines()
+        quoted = ['"' + line.replace("\\", "\\\\").replace('"', '\\"') + '\\n"' for line in lines]
+        made = Path(self.build_temp)
+        made.mkdir(parents=True, exist_ok=True)
+        (made / "kernels.h").write_text(
+            "\n".join(["static const char KERNELS[] =", *quoted, ";", ""]), encoding="ascii"
+        )
+        ext.include_dirs = [*ext.include_dirs, str(made)]
+        super().build_extension(ext)
+
+
+# A plain shared library that ONNX Runtime loads, and no module of Python's. Without a C compiler all else works.
+NATIVE = Extension(
+    "rmt_trt.runtime._native",
+    sources=["native/ops.c", "native/gpu.c", "native/host.c"],
+    depends=["native/cuda.h", "native/gpu.h", "native/host.h", "native/kernels.cu", "native/ort.h"],
+    extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden"],
+    libraries=["m", "dl", "pthread"],
+    py_limited_api=True,  # it uses nothing of Python: one file for every version
+    optional=True,
+)
+
 COMMANDS = ["export", "build", "run", "info", "verify", "train", "eval", "analyze", "calibrate", "flops", "bench"]
 
 setup(
@@ -76,6 +104,8 @@ setup(
     packages=list(ROOMS),
     package_dir=ROOMS,
     package_data={"rmt_trt": ["py.typed"]},
+    ext_modules=[NATIVE],
+    cmdclass={"build_ext": BuildNative},
     install_requires=["numpy>=1.26", "safetensors>=0.4.3", "typer>=0.15", "rich>=13.7", "filelock>=3.12"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": [f"rmt-{name} = rmt_trt.commands.{name}:main" for name in COMMANDS]},

@@ -15,10 +15,11 @@ from rmt_trt.export.fused.decoder import decoder_step
 from rmt_trt.export.fused.encoder import encoder_step
 from rmt_trt.export.fused.graph import FLOATS, OPSET, Graph, Weights
 from rmt_trt.export.fused.layers import CannotFuse, backbone_of
+from rmt_trt.export.fused.native import Native
 from rmt_trt.initial_state import to_metadata
 from rmt_trt.model.step import RMTModel
 
-__all__ = ["CannotFuse", "FusedGraphs", "fused_graphs"]
+__all__ = ["CannotFuse", "FusedGraphs", "Native", "fused_graphs"]
 
 # Full rows from which on a step takes three products for query, key and value (`blocks.separate_attention`), by form: where
 # the two ways meet on an H200. See docs/performance.md.
@@ -35,7 +36,14 @@ class FusedGraphs:
     fused: dict[str, int]
 
 
-def fused_graphs(model: RMTModel, spec: StepSpec, dtype: str, folder: Path, grouped: bool | None = None) -> FusedGraphs:
+def fused_graphs(
+    model: RMTModel,
+    spec: StepSpec,
+    dtype: str,
+    folder: Path,
+    grouped: bool | None = None,
+    native: Native | None = None,
+) -> FusedGraphs:
     """Writes `cuda-DTYPE-ROLE-HEAD.onnx` for every role and head, those for large batches with the smallest of these in
     their name, and `cuda-DTYPE.data`, into a folder.
 
@@ -43,6 +51,7 @@ def fused_graphs(model: RMTModel, spec: StepSpec, dtype: str, folder: Path, grou
     contract, states in float32.
     grouped  whether attention with rotary positions may be GroupQueryAttention, which the CUDA provider has for half
              precision only; None takes what fits the dtype
+    native   by which of rmt-trt's own operators, for an encoder; None is none
 
     Errors: CannotFuse, when a backbone has something that no fused node knows.
     """
@@ -50,6 +59,8 @@ def fused_graphs(model: RMTModel, spec: StepSpec, dtype: str, folder: Path, grou
         raise ContractError(f"dtype is {dtype!r}; graphs with fused nodes are written in {', '.join(FLOATS)}")
     if any(state.dtype != "float32" for state in spec.states):
         raise CannotFuse("the step carries its memory in float16, and fused graphs carry it in float32")
+    if native is not None and spec.form != "encoder":
+        raise CannotFuse(f"our own operators are written into encoders' graphs, and this is form '{spec.form}'")
     backbone = backbone_of(model)
     metadata = to_metadata(spec, {"memory": model.memory.detach().numpy()})
     weights = Weights(folder / f"cuda-{dtype}.data", dtype)
@@ -60,8 +71,10 @@ def fused_graphs(model: RMTModel, spec: StepSpec, dtype: str, folder: Path, grou
         for role, min_batch in [("full", 1), *large, ("step", 1)]:
             for head in HEADS[spec.logits]:
                 graph = Graph(weights, dtype != "fp32" if grouped is None else grouped)
-                step = encoder_step if spec.form == "encoder" else decoder_step
-                step(graph, model.config, spec, backbone, role, head, separate=min_batch > 1)
+                if spec.form == "encoder":
+                    encoder_step(graph, model.config, spec, backbone, role, head, min_batch > 1, native)
+                else:
+                    decoder_step(graph, model.config, spec, backbone, role, head, separate=min_batch > 1)
                 name = f"cuda-{dtype}-{role}-{head}{f'-from-{min_batch}' if min_batch > 1 else ''}.onnx"
                 graph.save(folder / name, metadata)
                 entry = GraphEntry(name, role, "cuda", dtype, head, OPSET, (weights.path.name,), min_batch)

@@ -82,20 +82,21 @@ def activation(graph: Graph, value: ir.Value, kind: str) -> ir.Value:
 
 def mlp(graph: Graph, value: ir.Value, layer: Layer, kind: str, name: Names) -> ir.Value:
     """Both products and the activation between them; the bias of the second goes into the norm that follows."""
+    return product(graph, inner(graph, value, layer, kind, name), layer.down, name("down"))
+
+
+def inner(graph: Graph, value: ir.Value, layer: Layer, kind: str, name: Names) -> ir.Value:
+    """What the MLP's last product takes."""
     if layer.gate is not None:
         gate, up = (linear(graph, value, part, name(n)) for part, n in ((layer.gate, "gate"), (layer.up, "up")))
-        inner = (
-            silu_product(graph, gate, up, layer)
-            if kind == SILU
-            else graph.node("Mul", activation(graph, gate, kind), up)
-        )
-    elif layer.up.bias is not None and kind in (EXACT_GELU, TANH_GELU):
+        if kind == SILU:
+            return silu_product(graph, gate, up, layer)
+        return graph.node("Mul", activation(graph, gate, kind), up)
+    if layer.up.bias is not None and kind in (EXACT_GELU, TANH_GELU):
         op = "BiasGelu" if kind == EXACT_GELU else "FastGelu"
         bias = graph.weight(name("up.bias"), layer.up.bias)
-        inner = graph.node(op, product(graph, value, layer.up, name("up")), bias, domain=MICROSOFT, fused="bias+gelu")
-    else:
-        inner = activation(graph, linear(graph, value, layer.up, name("up")), kind)
-    return product(graph, inner, layer.down, name("down"))
+        return graph.node(op, product(graph, value, layer.up, name("up")), bias, domain=MICROSOFT, fused="bias+gelu")
+    return activation(graph, linear(graph, value, layer.up, name("up")), kind)
 
 
 def silu_product(graph: Graph, gate: ir.Value, up: ir.Value, layer: Layer) -> ir.Value:

@@ -18,13 +18,22 @@ from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
 from rmt_trt.export.fused.layers import Backbone
+from rmt_trt.export.fused.native import Native, encoder_layers
 from rmt_trt.model.config import ModelConfig
 
 
 def encoder_step(
-    graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Backbone, role: str, head: str, separate: bool
+    graph: Graph,
+    config: ModelConfig,
+    spec: StepSpec,
+    backbone: Backbone,
+    role: str,
+    head: str,
+    separate: bool,
+    native: Native | None = None,
 ) -> None:
-    """Writes the whole step into `graph`. separate: query, key and value by three products."""
+    """Writes the whole step into `graph`. separate: query, key and value by three products. native: by which of our own
+    operators."""
     state = spec.states[0]
     memory = graph.input(state.input, ir.DataType.FLOAT, ("batch", *state.shape))
     segment = graph.input(SEGMENT, ir.DataType.INT64, ("batch", spec.segment_length))
@@ -36,6 +45,22 @@ def encoder_step(
     assert embedding_norm is not None
     positions = _positions(graph, config, backbone)
     value = blocks.skip_norm(graph, rows, positions, None, embedding_norm, "embedding_norm")[0]
+    if native is None:
+        value = _layers(graph, value, backbone, lengths, separate)
+    else:
+        value = encoder_layers(graph, native, value, backbone, lengths, separate)
+
+    written = graph.to_float(graph.slice(value, 0, config.num_memory))
+    if count is not None:
+        alive = graph.node("Unsqueeze", graph.node("Greater", count, graph.constant(0, np.int32)), graph.constant([2]))
+        written = graph.node("Where", alive, written, memory)
+    graph.output(written, state.output, ir.DataType.FLOAT, ("batch", *state.shape))
+    if head != "none":
+        graph.output(_classes(graph, config, value, backbone), LOGITS, ir.DataType.FLOAT, ("batch", spec.num_logits))
+
+
+def _layers(graph: Graph, value: ir.Value, backbone: Backbone, lengths: ir.Value | None, separate: bool) -> ir.Value:
+    """(batch, L, d) -> (batch, L, d)"""
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
         attention = blocks.separate_attention if separate else blocks.packed_attention
@@ -46,14 +71,7 @@ def encoder_step(
         inner = blocks.mlp(graph, value, layer, backbone.activation, name)
         bias = blocks.bias(graph, name("down.bias"), layer.down.bias)
         value = blocks.skip_norm(graph, inner, value, bias, layer.norm2, name("norm2"))[0]
-
-    written = graph.to_float(graph.slice(value, 0, config.num_memory))
-    if count is not None:
-        alive = graph.node("Unsqueeze", graph.node("Greater", count, graph.constant(0, np.int32)), graph.constant([2]))
-        written = graph.node("Where", alive, written, memory)
-    graph.output(written, state.output, ir.DataType.FLOAT, ("batch", *state.shape))
-    if head != "none":
-        graph.output(_classes(graph, config, value, backbone), LOGITS, ir.DataType.FLOAT, ("batch", spec.num_logits))
+    return value
 
 
 def _count(graph: Graph, segment: ir.Value) -> ir.Value:

@@ -29,8 +29,15 @@ class Weights:
 
     def tensor(self, name: str, value: torch.Tensor) -> ir.ExternalTensor:
         """A tensor in the graphs' dtype; the same name is the same tensor."""
+        return self._written(name, value, FLOATS[self.dtype], ONNX_FLOATS[self.dtype])
+
+    def float8(self, name: str, value: torch.Tensor) -> ir.ExternalTensor:
+        """The same in E4M3, whose largest value is 448."""
+        return self._written(name, value.clamp(-448, 448), torch.float8_e4m3fn, ir.DataType.FLOAT8E4M3FN)
+
+    def _written(self, name: str, value: torch.Tensor, dtype: torch.dtype, kind: ir.DataType) -> ir.ExternalTensor:
         if name not in self._entries:
-            data = value.detach().to(FLOATS[self.dtype]).contiguous()
+            data = value.detach().to(dtype).contiguous()
             self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
             offset = self._file.tell()
             self._file.write(data.view(torch.uint8).numpy().data)
@@ -38,12 +45,16 @@ class Weights:
                 location=self.path.name,
                 offset=offset,
                 length=self._file.tell() - offset,
-                dtype=ONNX_FLOATS[self.dtype],
+                dtype=kind,
                 shape=ir.Shape(data.shape),
                 name=name,
                 base_dir=self.path.parent,
             )
         return self._entries[name]
+
+    def flush(self) -> None:
+        """What was written so far can be read."""
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -74,6 +85,10 @@ class Graph:
     def weight(self, name: str, value: torch.Tensor) -> ir.Value:
         """A weight in the graph's dtype, kept in the file of weights."""
         return self._initializer(name, self.weights.tensor(name, value))
+
+    def float8(self, name: str, value: torch.Tensor) -> ir.Value:
+        """A weight in FP8, kept there too."""
+        return self._initializer(name, self.weights.float8(name, value))
 
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
         """A small constant inside the graph; equal ones are one."""
@@ -131,7 +146,7 @@ class Graph:
         """Writes the graph; the weights stay in their file."""
         graph = ir.Graph(
             self._inputs, self._outputs, nodes=self._nodes, initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1}, name="segment_step",
+            opset_imports={"": OPSET, **{node.domain: 1 for node in self._nodes if node.domain}}, name="segment_step",
         )  # fmt: skip
         model = ir.Model(graph, ir_version=10, producer_name="rmt-trt")
         model.metadata_props.update(metadata)

@@ -1,0 +1,203 @@
+"""Layers of an encoder with rmt-trt's own operators: biases and GELU in the products' epilogues, products in FP8.
+
+What the operators compute stands in `native/ops.c`. Steps of FP8 are one number for a tensor: its threshold by 448, the
+largest E4M3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from rmt_trt.export.fused import blocks
+from rmt_trt.export.fused.blocks import Names
+from rmt_trt.export.fused.graph import MICROSOFT, Graph
+from rmt_trt.export.fused.layers import EXACT_GELU, TANH_GELU, Backbone, Layer, Linear, Norm
+from rmt_trt.runtime.native import DOMAIN
+
+LARGEST = 448.0
+
+
+@dataclass(frozen=True)
+class Native:
+    """Which products are nodes of our own. up also takes exact GELU in, as its tanh form, if `tanh` allows it.
+
+    thresholds  what the inputs of products in FP8 are cut at, by product ("layer0.qkv", .out, .up, .down); a product
+                without one stays in the graph's dtype
+    norm, inner a norm, and the MLP's first product, round their results for the product behind them
+    candidates  how many of cuBLASLt's algorithms are tried out for a product; 1 takes the first that it proposes
+    """
+
+    qkv: bool = True
+    out: bool = True
+    up: bool = True
+    down: bool = True
+    tanh: bool = True
+    thresholds: Mapping[str, float] | None = None
+    norm: bool = True
+    inner: bool = True
+    candidates: int = 1
+    fast: bool = True
+
+    def threshold(self, product: str) -> float | None:
+        return None if self.thresholds is None else self.thresholds.get(product)
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A tensor in FP8; `step` times it is what it stands for."""
+
+    value: ir.Value
+    step: float
+
+
+def rounded(graph: Graph, value: ir.Value, threshold: float) -> Rounded:
+    """A tensor rounded to FP8, by a node of its own."""
+    step = threshold / LARGEST
+    return Rounded(graph.node("Quantize", value, domain=DOMAIN, fused="to FP8", inverse=1 / step), step)
+
+
+def linear(
+    graph: Graph,
+    native: Native,
+    value: ir.Value | Rounded,
+    matrix: Linear,
+    name: str,
+    bias_name: str = "bias",
+    gelu: bool = False,
+) -> ir.Value:
+    """A product with its bias and tanh-GELU. Of a Rounded one the weights are FP8 too."""
+    bias = _bias(graph, matrix, f"{name}.{bias_name}")
+    common = {"activation": "gelu" if gelu else "none", "candidates": native.candidates}
+    if not isinstance(value, Rounded):
+        weight = graph.weight(f"{name}.weight", matrix.weight)
+        return graph.node("Linear", value, weight, bias, domain=DOMAIN, fused="product+bias", **common)
+    weight, step = _weight(graph, matrix, name)
+    return graph.node(
+        "Linear", value.value, weight, bias,
+        domain=DOMAIN, fused="FP8 product", transposed=1, fast=int(native.fast), scale=value.step * step, **common,
+    )  # fmt: skip
+
+
+def linear_rounded(
+    graph: Graph, native: Native, value: Rounded, matrix: Linear, name: str, threshold: float, gelu: bool = False
+) -> Rounded:
+    """The same, its result rounded to FP8 for the product behind it."""
+    weight, step = _weight(graph, matrix, name)
+    inverse = graph.constant([LARGEST / threshold], np.float32)
+    out = graph.node(
+        "LinearQuantize", value.value, weight, _bias(graph, matrix, f"{name}.bias"), inverse,
+        domain=DOMAIN, fused="FP8 product", transposed=1, fast=int(native.fast), scale=value.step * step,
+        activation="gelu" if gelu else "none", candidates=native.candidates,
+    )  # fmt: skip
+    return Rounded(out, threshold / LARGEST)
+
+
+def _weight(graph: Graph, matrix: Linear, name: str) -> tuple[ir.Value, float]:
+    """(out, in) in FP8, and its step."""
+    step = max(float(matrix.weight.detach().abs().max()), 1e-30) / LARGEST
+    return graph.float8(f"{name}.weight.fp8", matrix.weight.detach().float().T / step), step
+
+
+def _bias(graph: Graph, matrix: Linear, name: str) -> ir.Value:
+    """Every product has one: that of zeros costs nothing in an epilogue."""
+    if matrix.bias is None:
+        return graph.weight(f"zeros.{matrix.weight.shape[1]}", torch.zeros(matrix.weight.shape[1]))
+    return graph.weight(name, matrix.bias)
+
+
+def skip_norm(
+    graph: Graph,
+    native: Native,
+    value: ir.Value,
+    skip: ir.Value,
+    bias: ir.Value | None,
+    by: Norm,
+    name: str,
+    threshold: float | None,
+) -> tuple[ir.Value, Rounded | None]:
+    """norm(value + skip + bias), and the same in FP8 where a product wants it."""
+    if threshold is None or not native.norm or bias is not None or by.rms or by.bias is None:
+        out = blocks.skip_norm(graph, value, skip, bias, by, name)[0]
+        return out, None if threshold is None else rounded(graph, out, threshold)
+    weights = (graph.weight(f"{name}.weight", by.weight), graph.weight(f"{name}.bias", by.bias))
+    step = threshold / LARGEST
+    out, low = graph.nodes(
+        "SkipLayerNormQuantize", value, skip, *weights,
+        wanted=(True, True), domain=DOMAIN, fused="skip-norm", epsilon=by.eps, inverse=1 / step,
+    )  # fmt: skip
+    return out, Rounded(low, step)
+
+
+def encoder_layers(
+    graph: Graph, native: Native, value: ir.Value, backbone: Backbone, lengths: ir.Value | None, separate: bool
+) -> ir.Value:
+    """(batch, L, d) -> (batch, L, d) through all layers. separate: query, key and value by three products, which FP8
+    always takes."""
+    low: Rounded | None = None
+    for number, layer in enumerate(backbone.layers):
+        name = Names(f"layer{number}")
+        threshold = native.threshold(name("qkv"))
+        if threshold is not None and low is None:
+            low = rounded(graph, value, threshold)
+        mixed, bias = _attention(graph, native, value, low, layer, backbone, name, lengths, separate)
+        value, low = skip_norm(
+            graph, native, mixed, value, bias, layer.norm1, name("norm1"), native.threshold(name("up"))
+        )
+        inner, bias = _mlp(graph, native, value, low, layer, backbone.activation, name)
+        following = native.threshold(f"layer{number + 1}.qkv")
+        value, low = skip_norm(graph, native, inner, value, bias, layer.norm2, name("norm2"), following)
+    return value
+
+
+def _attention(
+    graph: Graph, native: Native, value: ir.Value, low: Rounded | None, layer: Layer, backbone: Backbone, name: Names,
+    lengths: ir.Value | None, separate: bool,
+) -> tuple[ir.Value, ir.Value | None]:  # fmt: skip
+    """Attention and its last product, and the bias that is still to be added."""
+    folded = False
+    if low is not None or (native.qkv and separate):
+        parts = ((layer.query, "query"), (layer.key, "key"), (layer.value, "value"))
+        inputs = [linear(graph, native, low or value, part, name(n)) for part, n in parts]
+        mixed = graph.node(
+            "MultiHeadAttention", *inputs, None, lengths,
+            domain=MICROSOFT, fused="attention", num_heads=backbone.heads,
+        )  # fmt: skip
+    else:
+        attention = blocks.separate_attention if separate else blocks.packed_attention
+        mixed, folded = attention(graph, value, layer, backbone, name, lengths, causal=False), separate
+    matrix = Linear(layer.out.weight, blocks.out_bias(layer, folded))
+    threshold = native.threshold(name("out"))
+    if threshold is not None or native.out:
+        given = mixed if threshold is None else rounded(graph, mixed, threshold)
+        return linear(graph, native, given, matrix, name("out"), f"bias.{folded:d}"), None
+    return blocks.product(graph, mixed, layer.out, name("out")), blocks.bias(
+        graph, name(f"out.bias.{folded:d}"), matrix.bias
+    )
+
+
+def _mlp(
+    graph: Graph, native: Native, value: ir.Value, low: Rounded | None, layer: Layer, kind: str, name: Names
+) -> tuple[ir.Value, ir.Value | None]:
+    """Both products and the activation between them, and the bias that is still to be added."""
+    gelu = kind == TANH_GELU or (kind == EXACT_GELU and native.tanh)
+    threshold = native.threshold(name("down"))
+    given: ir.Value | Rounded
+    if low is not None and gelu and threshold is not None and native.inner:
+        given = linear_rounded(graph, native, low, layer.up, name("up"), threshold, gelu=True)
+    else:
+        if low is not None or (native.up and gelu):
+            inner = linear(graph, native, low or value, layer.up, name("up"), gelu=gelu)
+            inner = inner if gelu else blocks.activation(graph, inner, kind)
+        else:
+            inner = blocks.inner(graph, value, layer, kind, name)
+        given = inner if threshold is None else rounded(graph, inner, threshold)
+    if isinstance(given, Rounded) or native.down:
+        return linear(graph, native, given, layer.down, name("down")), None
+    return blocks.product(graph, given, layer.down, name("down")), blocks.bias(
+        graph, name("down.bias"), layer.down.bias
+    )

@@ -1,0 +1,34 @@
+/* What the operators ask of a GPU. Every function returns 0, or -1 with the reason in `why`. */
+#ifndef RMT_GPU_H
+#define RMT_GPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { WHY = 512 };
+
+/* A product (m, k) x (k, n), or x (n, k) transposed, with its epilogue. Types are numbers of ort.h; `half` is that of the
+ * bias. Equal products share what was found for them. */
+typedef struct {
+    int type, half, out;
+    int transposed, gelu, fast, candidates;
+    int64_t m, n, k;
+    float scale;
+} Product;
+
+typedef struct {
+    const void *x, *weight, *bias;
+    const float *out_scale; /* on the device, or NULL */
+    void *out;
+} Operands;
+
+/* What belongs to a stream: a handle, working memory, compiled kernels, the plans of products. NULL before its first use. */
+typedef struct Lane Lane;
+
+int gpu_product(Lane **lane, void *stream, const Product *product, const Operands *at, char *why);
+int gpu_quantize(Lane **lane, void *stream, int type, const void *in, void *out, int64_t count, float inverse, char *why);
+int gpu_skip_layer_norm(Lane **lane, void *stream, int type, const void *const in[4], void *out, void *rounded,
+                        int64_t rows, int64_t width, float epsilon, float inverse, char *why);
+void gpu_release(Lane *lane);
+
+#endif

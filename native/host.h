@@ -1,0 +1,20 @@
+/* The operators in float32 on the host: what they compute, and what the graphs' twins are checked with. */
+#ifndef RMT_HOST_H
+#define RMT_HOST_H
+
+#include <stdint.h>
+
+uint8_t to_e4m3(float value);
+float from_e4m3(uint8_t code);
+
+/* out (m, n) = x (m, k) weight (k, n), or weight (n, k) transposed, times `scale`, plus bias, through tanh-GELU if asked
+ * for. Of x and weight, and of out, one pair is given: float32, or E4M3 with `round` multiplied before rounding. 0, or -1
+ * without memory. */
+int host_product(const float *x, const uint8_t *x8, const float *weight, const uint8_t *weight8, const float *bias,
+                 float *out, uint8_t *out8, int64_t m, int64_t n, int64_t k, int transposed, int gelu, float scale,
+                 float round);
+void host_quantize(const float *in, uint8_t *out, int64_t count, float inverse);
+void host_skip_layer_norm(const float *const in[4], float *out, uint8_t *rounded, int64_t rows, int64_t width,
+                          float epsilon, float inverse);
+
+#endif

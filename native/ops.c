@@ -1,0 +1,328 @@
+/* The custom operators of domain "rmt_trt", registered with ONNX Runtime: their schemas, attributes and shapes.
+ *
+ *   Linear (x (..., k), weight, bias (n)) -> (..., n)
+ *       weight (k, n), or (n, k) with transposed = 1; activation "none" or "gelu", the tanh form. Of float16, bfloat16, or
+ *       E4M3 with transposed = 1, whose values `scale` brings back; the bias says which half the result is then.
+ *   LinearQuantize (x, weight, bias, inverse (1) float32) -> (..., n) E4M3
+ *       The same of E4M3, its result multiplied by `inverse` and rounded.
+ *   Quantize (x) -> E4M3: x * inverse, rounded to even; what is beyond 448 becomes 448.
+ *   SkipLayerNormQuantize (x, skip, gamma, beta) -> (norm(x + skip), the same * inverse as E4M3)
+ *
+ * On the CPU provider they are there in float32.
+ */
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "gpu.h"
+#include "host.h"
+#include "ort.h"
+
+enum { LINEAR, LINEAR_QUANTIZE, QUANTIZE, SKIP_LAYER_NORM_QUANTIZE };
+enum { INPUTS = 4, OUTPUTS = 2, AXES = 8 };
+static const char *const NAMES[] = {"Linear", "LinearQuantize", "Quantize", "SkipLayerNormQuantize"};
+#define CUDA "CUDAExecutionProvider"
+
+typedef struct {
+    OrtCustomOp base; /* first, so that a pointer to it is one to this */
+    int kind;
+    const char *provider; /* NULL is the CPU's */
+    int input[INPUTS], output[OUTPUTS];
+} Op;
+
+typedef struct {
+    const OrtApi *api;
+    const Op *op;
+    int transposed, gelu, fast, candidates;
+    float scale, inverse, epsilon;
+    Lane *lane;
+} Node;
+
+typedef struct {
+    const void *data;
+    int64_t axes[AXES];
+    size_t count;
+} Tensor;
+
+static OrtStatus *refused(const OrtApi *api, const char *why) {
+    return ORT_CALL(api, CREATE_STATUS, OrtStatus *, int, const char *)(ORT_FAIL, why);
+}
+
+static int given(const OrtApi *api, OrtStatus *status) {
+    if (status) ORT_CALL(api, RELEASE_STATUS, void, OrtStatus *)(status);
+    return status == NULL;
+}
+
+/* Attributes that a node does not have keep what stands here. */
+static OrtStatus *create(const OrtCustomOp *base, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
+    Node *node = calloc(1, sizeof *node);
+    if (!node) return refused(api, "no host memory");
+    node->api = api;
+    node->op = (const Op *)base;
+    node->scale = node->inverse = 1.0f;
+    node->epsilon = 1e-5f;
+    node->fast = node->candidates = 1;
+    int64_t number;
+    const struct {
+        const char *name;
+        int *to;
+    } numbers[] = {{"transposed", &node->transposed}, {"fast", &node->fast}, {"candidates", &node->candidates}};
+    for (size_t i = 0; i < 3; i++)
+        if (given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_INT64, OrtStatus *, const OrtKernelInfo *, const char *,
+                                int64_t *)(info, numbers[i].name, &number)))
+            *numbers[i].to = (int)number;
+    const struct {
+        const char *name;
+        float *to;
+    } floats[] = {{"scale", &node->scale}, {"inverse", &node->inverse}, {"epsilon", &node->epsilon}};
+    float value;
+    for (size_t i = 0; i < 3; i++)
+        if (given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_FLOAT, OrtStatus *, const OrtKernelInfo *, const char *,
+                                float *)(info, floats[i].name, &value)))
+            *floats[i].to = value;
+    char activation[16] = "none";
+    size_t size = sizeof activation;
+    given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_STRING, OrtStatus *, const OrtKernelInfo *, const char *, char *,
+                        size_t *)(info, "activation", activation, &size));
+    node->gelu = strcmp(activation, "gelu") == 0;
+    if (!node->gelu && strcmp(activation, "none") != 0) {
+        free(node);
+        return refused(api, "rmt_trt: an activation other than 'none' and 'gelu'");
+    }
+    *kernel = node;
+    return NULL;
+}
+
+static void destroy(void *kernel) {
+    gpu_release(((Node *)kernel)->lane);
+    free(kernel);
+}
+
+static OrtStatus *input(const Node *node, OrtKernelContext *context, size_t index, Tensor *tensor) {
+    const OrtApi *api = node->api;
+    const OrtValue *value = NULL;
+    OrtTensorTypeAndShapeInfo *info = NULL;
+    void *data = NULL;
+    OrtStatus *status = ORT_CALL(api, KERNEL_CONTEXT_GET_INPUT, OrtStatus *, const OrtKernelContext *, size_t,
+                                 const OrtValue **)(context, index, &value);
+    if (!status && !value) return refused(api, "rmt_trt: an input is missing");
+    if (!status)
+        status = ORT_CALL(api, GET_TENSOR_MUTABLE_DATA, OrtStatus *, OrtValue *, void **)((OrtValue *)value, &data);
+    if (!status)
+        status = ORT_CALL(api, GET_TENSOR_TYPE_AND_SHAPE, OrtStatus *, const OrtValue *,
+                          OrtTensorTypeAndShapeInfo **)(value, &info);
+    if (status) return status;
+    status = ORT_CALL(api, GET_DIMENSIONS_COUNT, OrtStatus *, const OrtTensorTypeAndShapeInfo *, size_t *)(
+        info, &tensor->count);
+    if (!status && (tensor->count < 1 || tensor->count > AXES))
+        status = refused(api, "rmt_trt: an input has no axis, or more than 8");
+    if (!status)
+        status = ORT_CALL(api, GET_DIMENSIONS, OrtStatus *, const OrtTensorTypeAndShapeInfo *, int64_t *, size_t)(
+            info, tensor->axes, tensor->count);
+    ORT_CALL(api, RELEASE_TENSOR_TYPE_AND_SHAPE_INFO, void, OrtTensorTypeAndShapeInfo *)(info);
+    tensor->data = data;
+    return status;
+}
+
+static OrtStatus *output(const Node *node, OrtKernelContext *context, size_t index, const Tensor *like, void **data) {
+    OrtValue *value = NULL;
+    OrtStatus *status =
+        ORT_CALL(node->api, KERNEL_CONTEXT_GET_OUTPUT, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t,
+                 OrtValue **)(context, index, like->axes, like->count, &value);
+    if (status) return status;
+    return ORT_CALL(node->api, GET_TENSOR_MUTABLE_DATA, OrtStatus *, OrtValue *, void **)(value, data);
+}
+
+static int64_t values(const Tensor *tensor) {
+    int64_t count = 1;
+    for (size_t i = 0; i < tensor->count; i++) count *= tensor->axes[i];
+    return count;
+}
+
+static int on_gpu(const Node *node) { return node->op->provider != NULL; }
+
+static OrtStatus *stream_of(const Node *node, OrtKernelContext *context, void **stream) {
+    if (!on_gpu(node)) return NULL;
+    return ORT_CALL(node->api, KERNEL_CONTEXT_GET_GPU_COMPUTE_STREAM, OrtStatus *, const OrtKernelContext *, void **)(
+        context, stream);
+}
+
+static OrtStatus *linear(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
+    const Tensor *x = &in[0], *weight = &in[1], *bias = &in[2];
+    const Op *op = node->op;
+    int64_t k = x->axes[x->count - 1], n = weight->axes[node->transposed ? 0 : 1];
+    if (weight->count != 2 || weight->axes[node->transposed ? 1 : 0] != k || bias->count != 1 || bias->axes[0] != n)
+        return refused(node->api, "rmt_trt: the shapes of a product's input, weight and bias do not fit together");
+    Tensor shape = *x;
+    shape.axes[x->count - 1] = n;
+    void *out = NULL;
+    OrtStatus *status = output(node, context, 0, &shape, &out);
+    int64_t m = k ? values(x) / k : 0;
+    if (status || !m) return status;
+    char why[WHY] = "rmt_trt: no host memory";
+    int code, float8 = op->input[0] == ORT_FLOAT8, rounds = op->kind == LINEAR_QUANTIZE;
+    if (on_gpu(node)) {
+        const Product product = {op->input[0],   op->input[2],     op->output[0], node->transposed, node->gelu,
+                                 node->fast,     node->candidates, m,             n,                k,
+                                 node->scale};
+        const Operands at = {x->data, weight->data, bias->data, rounds ? in[3].data : NULL, out};
+        code = gpu_product(&node->lane, stream, &product, &at, why);
+    } else {
+        const void *whole[] = {x->data, weight->data};
+        code = host_product(float8 ? NULL : whole[0], float8 ? whole[0] : NULL, float8 ? NULL : whole[1],
+                            float8 ? whole[1] : NULL, bias->data, rounds ? NULL : out, rounds ? out : NULL, m, n, k,
+                            node->transposed, node->gelu, node->scale, rounds ? *(const float *)in[3].data : 1.0f);
+    }
+    return code ? refused(node->api, why) : NULL;
+}
+
+static OrtStatus *quantize(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
+    void *out = NULL;
+    char why[WHY];
+    OrtStatus *status = output(node, context, 0, &in[0], &out);
+    if (status) return status;
+    if (!on_gpu(node)) {
+        host_quantize(in[0].data, out, values(&in[0]), node->inverse);
+        return NULL;
+    }
+    int code = gpu_quantize(&node->lane, stream, node->op->input[0], in[0].data, out, values(&in[0]), node->inverse, why);
+    return code ? refused(node->api, why) : NULL;
+}
+
+static OrtStatus *skip_layer_norm(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
+    void *out = NULL, *rounded = NULL;
+    char why[WHY];
+    int64_t width = in[0].axes[in[0].count - 1], count = values(&in[0]);
+    if (values(&in[1]) != count || values(&in[2]) != width || values(&in[3]) != width)
+        return refused(node->api, "rmt_trt: the shapes of a norm's inputs do not fit together");
+    OrtStatus *status = output(node, context, 0, &in[0], &out);
+    if (!status) status = output(node, context, 1, &in[0], &rounded);
+    if (status || !count) return status;
+    const void *const data[] = {in[0].data, in[1].data, in[2].data, in[3].data};
+    if (!on_gpu(node)) {
+        const float *const floats[] = {data[0], data[1], data[2], data[3]};
+        host_skip_layer_norm(floats, out, rounded, count / width, width, node->epsilon, node->inverse);
+        return NULL;
+    }
+    int code = gpu_skip_layer_norm(&node->lane, stream, node->op->input[0], data, out, rounded, count / width, width,
+                                   node->epsilon, node->inverse, why);
+    return code ? refused(node->api, why) : NULL;
+}
+
+static size_t input_count(const OrtCustomOp *base) {
+    size_t count = 0;
+    while (count < INPUTS && ((const Op *)base)->input[count]) count++;
+    return count;
+}
+
+static size_t output_count(const OrtCustomOp *base) { return ((const Op *)base)->output[1] ? 2 : 1; }
+
+static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
+    Node *node = kernel;
+    Tensor in[INPUTS];
+    void *stream = NULL;
+    OrtStatus *status = stream_of(node, context, &stream);
+    for (size_t i = 0; !status && i < input_count(&node->op->base); i++) status = input(node, context, i, &in[i]);
+    if (status) return status;
+    switch (node->op->kind) {
+        case QUANTIZE: return quantize(node, context, in, stream);
+        case SKIP_LAYER_NORM_QUANTIZE: return skip_layer_norm(node, context, in, stream);
+        default: return linear(node, context, in, stream);
+    }
+}
+
+static const char *name(const OrtCustomOp *base) { return NAMES[((const Op *)base)->kind]; }
+static const char *provider(const OrtCustomOp *base) { return ((const Op *)base)->provider; }
+static int input_type(const OrtCustomOp *base, size_t index) { return ((const Op *)base)->input[index]; }
+static int output_type(const OrtCustomOp *base, size_t index) { return ((const Op *)base)->output[index]; }
+static int zero(const OrtCustomOp *base, size_t index) { return (void)base, (void)index, 0; }
+static int one(const OrtCustomOp *base) { return (void)base, 1; }
+static size_t none(int **a, int **b) { return *a = *b = NULL, 0; }
+static void nothing(int *a, int *b) { (void)a, (void)b; }
+
+static Op OPS[] = {
+    {.kind = LINEAR, .provider = CUDA, .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16}, .output = {ORT_FLOAT16}},
+    {.kind = LINEAR, .provider = CUDA, .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16}, .output = {ORT_BFLOAT16}},
+    {.kind = LINEAR, .provider = CUDA, .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_FLOAT16}, .output = {ORT_FLOAT16}},
+    {.kind = LINEAR, .provider = CUDA, .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_BFLOAT16}, .output = {ORT_BFLOAT16}},
+    {.kind = LINEAR, .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT}, .output = {ORT_FLOAT}},
+    {.kind = LINEAR, .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_FLOAT}, .output = {ORT_FLOAT}},
+    {.kind = LINEAR_QUANTIZE,
+     .provider = CUDA,
+     .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_FLOAT16, ORT_FLOAT},
+     .output = {ORT_FLOAT8}},
+    {.kind = LINEAR_QUANTIZE,
+     .provider = CUDA,
+     .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_BFLOAT16, ORT_FLOAT},
+     .output = {ORT_FLOAT8}},
+    {.kind = LINEAR_QUANTIZE, .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_FLOAT, ORT_FLOAT}, .output = {ORT_FLOAT8}},
+    {.kind = QUANTIZE, .provider = CUDA, .input = {ORT_FLOAT16}, .output = {ORT_FLOAT8}},
+    {.kind = QUANTIZE, .provider = CUDA, .input = {ORT_BFLOAT16}, .output = {ORT_FLOAT8}},
+    {.kind = QUANTIZE, .input = {ORT_FLOAT}, .output = {ORT_FLOAT8}},
+    {.kind = SKIP_LAYER_NORM_QUANTIZE,
+     .provider = CUDA,
+     .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
+     .output = {ORT_FLOAT16, ORT_FLOAT8}},
+    {.kind = SKIP_LAYER_NORM_QUANTIZE,
+     .provider = CUDA,
+     .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
+     .output = {ORT_BFLOAT16, ORT_FLOAT8}},
+    {.kind = SKIP_LAYER_NORM_QUANTIZE,
+     .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
+     .output = {ORT_FLOAT, ORT_FLOAT8}},
+};
+
+/* The domain with its operators, made once for all sessions. */
+static OrtStatus *made(const OrtApi *api, OrtCustomOpDomain **domain) {
+    static OrtCustomOpDomain *kept;
+    OrtStatus *status = NULL;
+    if (!kept)
+        status = ORT_CALL(api, CREATE_CUSTOM_OP_DOMAIN, OrtStatus *, const char *, OrtCustomOpDomain **)("rmt_trt", &kept);
+    else
+        *domain = kept;
+    if (status || *domain) return status;
+    for (size_t i = 0; !status && i < sizeof OPS / sizeof *OPS; i++) {
+        OPS[i].base = (OrtCustomOp){
+            .version = ORT_VERSION,
+            .GetName = name,
+            .GetExecutionProviderType = provider,
+            .GetInputType = input_type,
+            .GetInputTypeCount = input_count,
+            .GetOutputType = output_type,
+            .GetOutputTypeCount = output_count,
+            .KernelDestroy = destroy,
+            .GetInputCharacteristic = zero,
+            .GetOutputCharacteristic = zero,
+            .GetInputMemoryType = zero,
+            .GetVariadicInputMinArity = one,
+            .GetVariadicInputHomogeneity = one,
+            .GetVariadicOutputMinArity = one,
+            .GetVariadicOutputHomogeneity = one,
+            .CreateKernelV2 = create,
+            .KernelComputeV2 = compute,
+            .GetStartVersion = one,
+            .GetEndVersion = one,
+            .GetMayInplace = none,
+            .ReleaseMayInplace = nothing,
+            .GetAliasMap = none,
+            .ReleaseAliasMap = nothing,
+        };
+        status = ORT_CALL(api, CUSTOM_OP_DOMAIN_ADD, OrtStatus *, OrtCustomOpDomain *, const OrtCustomOp *)(
+            kept, &OPS[i].base);
+    }
+    *domain = kept;
+    return status;
+}
+
+/* Called by ONNX Runtime for each session that registers this library. */
+__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    const OrtApi *api = base->GetApi(ORT_VERSION);
+    if (!api) return NULL; /* older than 1.17; it has no status to say so with, and then no operator of this domain */
+    OrtCustomOpDomain *domain = NULL;
+    pthread_mutex_lock(&lock);
+    OrtStatus *status = made(api, &domain);
+    pthread_mutex_unlock(&lock);
+    if (status) return status;
+    return ORT_CALL(api, ADD_CUSTOM_OP_DOMAIN, OrtStatus *, OrtSessionOptions *, OrtCustomOpDomain *)(options, domain);
+}
