@@ -27,8 +27,8 @@ MOST_DOCUMENTS, MOST_SEGMENTS = 4096, 1 << 20
 class Through:
     """What steps are driven through: at most so many segments of each document, and so many documents, side by side."""
 
-    segments: int = 64
-    documents: int = 4
+    segments: int = 32
+    documents: int = 2
 
     def __post_init__(self) -> None:
         for name, most in (("segments", MOST_SEGMENTS), ("documents", MOST_DOCUMENTS)):

@@ -43,9 +43,7 @@ def units_of(model: Any, chosen: Sequence[Product], grouping: Grouping | None = 
 
     grouping  None takes "products", and "inputs" where these would be many. Errors: ContractError, for an unknown one.
     """
-    if grouping is not None and grouping not in GROUPINGS:
-        raise ContractError(f"units are {grouping!r:.60}; expected one of {', '.join(GROUPINGS)}")
-    grouping = grouping or ("inputs" if len(chosen) > MOST_PRODUCTS else "products")
+    grouping = check_grouping(grouping) or ("inputs" if len(chosen) > MOST_PRODUCTS else "products")
     modules = _modules(model.graph.node, {product.node for product in chosen})
     groups: dict[str, list[Product]] = {}
     for product in chosen:
@@ -58,6 +56,16 @@ def units_of(model: Any, chosen: Sequence[Product], grouping: Grouping | None = 
         taken.add(name)
         found.append(Unit(name, tuple(product.node for product in members)))
     return tuple(found)
+
+
+def check_grouping(value: str | None) -> Grouping | None:
+    """Errors: ContractError."""
+    for known in GROUPINGS:
+        if value == known:
+            return known
+    if value is not None:
+        raise ContractError(f"--units is {value!r:.60}; expected one of {', '.join(GROUPINGS)}")
+    return None
 
 
 def table_units(found: Sequence[Table]) -> tuple[Unit, ...]:

@@ -1,0 +1,231 @@
+"""rmt-calibrate's part about mixed precision: which products stay in float32, by a budget, by a file, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rmt_trt.bundle import Bundle
+from rmt_trt.commands.app import printable, stage_progress
+from rmt_trt.commands.bench import whole_numbers
+from rmt_trt.errors import ContractError, EngineError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rmt_trt.calibration import Kind, Ranges, Source
+    from rmt_trt.calibration.search import Chosen, MixOptions
+    from rmt_trt.calibration.sensitivity import UnitDrift
+    from rmt_trt.training.tasks.task import Task
+
+MIX, PLOT = "mix.json", "sensitivity.png"
+SHOWN = 12  # units in the table on the screen
+LABELS = {"sensitivity": "each unit quantized alone", "drift": "the mix beside fp32", "recall": "asking the mix"}
+
+MaxDrift = Annotated[
+    float | None,
+    typer.Option(
+        help="Keep products in float32 until the memory's relative L2 error, at worst along the recurrence, is at most this."
+    ),
+]
+MinRecall = Annotated[
+    float | None,
+    typer.Option(help="Keep products in float32 until this share of the --task's questions is answered right."),
+]
+Sensitivity = Annotated[bool, typer.Option("--sensitivity", help="Measure each unit quantized alone, in any case.")]
+MixFile = Annotated[Path | None, typer.Option("--mix", help=f"{MIX} of an earlier run: keep what it keeps.")]
+Units = Annotated[
+    str | None, typer.Option(help="What is kept as one: products, inputs or layers. [default: by their number]")
+]
+Smooth = Annotated[
+    float | None,
+    typer.Option(help="Rescale channels before quantizing (SmoothQuant), with this alpha from 0 to 1. [default: not]"),
+]
+DriftSegments = Annotated[int, typer.Option(help="Segments of a document that drift is measured over.")]
+DriftDocuments = Annotated[int, typer.Option(help="Documents that drift is measured over.")]
+RecallSegments = Annotated[str, typer.Option(help="Segments of the questions' documents, with commas.")]
+RecallQuestions = Annotated[int, typer.Option(help="Questions at each number of segments.")]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the options say, checked. `options` lacks the questions until the task is open.
+
+    segments, questions  of the recall
+    """
+
+    options: MixOptions
+    file: Path | None
+    segments: tuple[int, ...]
+    questions: int
+
+    @property
+    def measures(self) -> bool:
+        """Whether documents are needed beside the ranges."""
+        return bool(self.options.budget) or self.options.always
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written: `keep`, `rescale` and `record` of `add_static`, and the ranges for them."""
+
+    ranges: Ranges
+    keep: frozenset[str] = frozenset()
+    rescale: dict[str, np.ndarray] | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def wanted(
+    max_drift: float | None,
+    min_recall: float | None,
+    sensitivity: bool,
+    file: Path | None,
+    units: str | None,
+    smooth: float | None,
+    through: tuple[int, int],
+    recall: tuple[str, int],
+    task: str | None,
+    documents: bool,
+    threads: int | None,
+) -> Wanted:
+    """through: segments and documents. documents: whether there are any. Errors: ContractError."""
+    from rmt_trt.calibration.beside import Through
+    from rmt_trt.calibration.mix import Budget
+    from rmt_trt.calibration.search import NO_QUESTIONS, MixOptions
+    from rmt_trt.calibration.smooth import check_alpha
+    from rmt_trt.calibration.units import check_grouping
+
+    budget = Budget(max_drift, min_recall)
+    if smooth is not None:
+        check_alpha(smooth)
+    if min_recall is not None and task is None:
+        raise ContractError(NO_QUESTIONS)
+    if file is not None and (budget or sensitivity):
+        raise ContractError(
+            f"--mix {file} is a mix that was found; leave out --max-drift, --min-recall and --sensitivity"
+        )
+    if (budget or sensitivity) and not documents:
+        asked = str(budget) or "--sensitivity"
+        raise ContractError(f"{asked} is measured on documents; give --data FILE or --task NAMES beside --ranges")
+    numbers = tuple(whole_numbers("--recall-segments", recall[0]))
+    options = MixOptions(budget, Through(*through), check_grouping(units), None, sensitivity, smooth, threads)
+    return Wanted(options, file, numbers, recall[1])
+
+
+def plan(
+    bundle: Bundle,
+    ranges: Ranges,
+    kind: Kind,
+    want: Wanted,
+    sources: Sequence[Source],
+    task: Task | None,
+    about: dict[str, Any],
+    out: Path,
+    screen: Console,
+) -> Plan:
+    """The mix that is asked for. A measured one is written into `out`. Errors: as `choose_mix`, `load_mix` and `smoothed`."""
+    from rmt_trt.calibration.mix import load_mix
+    from rmt_trt.calibration.search import keepable
+
+    if want.file is not None:
+        mix = load_mix(want.file)
+        mix.require(bundle.spec, kind.dtype, keepable(bundle, kind), want.file)
+        if want.options.smooth not in (None, mix.smooth):
+            raise ContractError(
+                f"--smooth is {want.options.smooth:g}, and {want.file} was found with {mix.smooth}; leave --smooth out, or find "
+                f"another mix"
+            )
+        return _planned(bundle, ranges, mix.products, mix.smooth, mix.record())
+    if not want.measures:
+        return _planned(bundle, ranges, (), want.options.smooth, {})
+    chosen = _chosen(bundle, ranges, kind, want, sources, task, about, screen)
+    _write(chosen, out, screen)
+    return _planned(bundle, ranges, chosen.mix.products, chosen.mix.smooth, chosen.mix.record())
+
+
+def _planned(
+    bundle: Bundle, ranges: Ranges, products: Sequence[str], smooth: float | None, record: dict[str, Any]
+) -> Plan:
+    from rmt_trt.calibration.smooth import smoothed
+
+    keep = frozenset(products)
+    if smooth is None:
+        return Plan(ranges, keep, None, record)
+    rescaled, rescale = smoothed(bundle, ranges, smooth, keep)
+    return Plan(rescaled, keep, rescale, {"smooth": smooth, **record})
+
+
+def _chosen(
+    bundle: Bundle,
+    ranges: Ranges,
+    kind: Kind,
+    want: Wanted,
+    sources: Sequence[Source],
+    task: Task | None,
+    about: dict[str, Any],
+    screen: Console,
+) -> Chosen:
+    from dataclasses import replace
+
+    from rmt_trt.calibration.recall import Questions
+    from rmt_trt.calibration.search import choose_mix
+
+    options = want.options
+    if options.budget.min_recall is not None and task is not None:
+        options = replace(options, questions=Questions(task, want.segments, want.questions))
+    with stage_progress(screen) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(LABELS[stage], total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        try:
+            return choose_mix(bundle, ranges, kind, sources, options, show, about)
+        except KeyboardInterrupt:
+            screen.print("interrupted; the ranges stand, and --ranges takes them")
+            raise SystemExit(130) from None
+
+
+def _write(chosen: Chosen, out: Path, screen: Console) -> None:
+    """mix.json, the plot and the table of sensitivities, and what the mix reached."""
+    from rmt_trt.calibration.mix_plot import draw_sensitivity
+
+    mix, written = chosen.mix, [MIX]
+    mix.save(out / MIX)
+    if chosen.found:
+        screen.print(_table(chosen.found, mix.kept))
+        try:
+            draw_sensitivity(out / PLOT, chosen.found, mix.kept)
+            written.append(PLOT)
+        except EngineError as err:
+            screen.print(f"no plot: {err}")
+    kept = ", ".join(map(printable, mix.kept)) if mix.kept else "nothing"
+    screen.print(f"kept in float32: {kept}. {mix.said}")
+    screen.print(", ".join(f"{out}/{name}" for name in written))
+
+
+def _table(found: Sequence[UnitDrift], kept: Sequence[str]) -> Table:
+    """The worst units, and the ways of the memory."""
+    table = Table(title="each unit quantized alone: relative L2 error against fp32", title_justify="left")
+    table.add_column("unit")
+    for name in ("memory, worst", "at the end", "logits, worst", "answers changed"):
+        table.add_column(name, justify="right")
+    rows = sorted(found, key=lambda one: -one.drifted.drift)
+    for place, one in enumerate(rows):
+        if place < SHOWN or one.unit.way or one.unit.name in kept:
+            drifted = one.drifted
+            table.add_row(
+                printable(one.unit.name) + (" *" if one.unit.name in kept else ""), f"{drifted.drift:.1e}",
+                f"{drifted.end.memory:.1e}", f"{drifted.logits:.1e}", f"{drifted.changed:.1%}",
+            )  # fmt: skip
+    table.caption = f"{len(rows)} units" + (", * kept in float32" if kept else "")
+    table.caption_justify = "left"
+    return table
