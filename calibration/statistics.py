@@ -76,7 +76,8 @@ class Statistics:
 
     def thresholds(self) -> np.ndarray:
         """(n,) float32: what each tensor is to be quantized with is -threshold to threshold."""
-        largest: np.ndarray = np.abs(self.parts).max(axis=(1, 2))
+        # A third out of which no segment was looked at has no bounds.
+        largest: np.ndarray = np.abs(np.where(np.isfinite(self.parts), self.parts, 0)).max(axis=(1, 2))
         if self._collector is None:
             return largest
         with contextlib.redirect_stdout(io.StringIO()):
