@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmt_trt.bundle import Bundle, GraphEntry
+from rmt_trt.calibration.dynamic import DTYPE as DYNAMIC
+from rmt_trt.calibration.dynamic import dynamic_graph
 from rmt_trt.calibration.ranges import Ranges
 from rmt_trt.calibration.static import FP8, INT8, UINT8_INT8, Rescale, static_graph
-from rmt_trt.errors import ContractError
+from rmt_trt.calibration.weights import BITS, BLOCK, half_weights_graph, weights_graph
+from rmt_trt.errors import ContractError, FormatError
 
 if TYPE_CHECKING:
     from rmt_trt.export.engine_graphs import EngineGraphs, EngineOptions
 
 Progress = Callable[[str, int, int], None]
+WITHOUT_DATA = {"cpu": (DYNAMIC, *BITS), "cuda": tuple(BITS)}  # engine -> dtypes
 
 STATIC = {
     ("cpu", "int8"): UINT8_INT8,
@@ -23,6 +28,8 @@ STATIC = {
     **{(engine, "int8"): INT8 for engine in ("cuda", "tensorrt", "tensorrt-rtx")},
     **{(engine, "fp8"): FP8 for engine in ("cuda", "tensorrt", "tensorrt-rtx")},
 }
+# ONNX Runtime multiplies these in float: tensors are rounded as they would be, and nothing gets faster.
+EMULATED = (("cpu", "fp8"), ("cuda", "int8"), ("cuda", "fp8"))
 
 
 def add_static(
@@ -49,12 +56,12 @@ def add_static(
     """
     kind = STATIC.get((engine, dtype))
     if kind is None:
-        known = ", ".join(f"{dtype} for {engine}" for engine, dtype in STATIC)
-        raise ContractError(f"no static graph is made in {dtype!r} for engine {engine!r}; expected one of {known}")
+        raise ContractError(f"no static graph is made in {dtype!r} for engine {engine!r}; {dtypes_of(engine)}")
     about = {
         "method": f"static, ranges by {ranges.method} from {ranges.segments} segments of {len(ranges.documents)} documents",
         "weights": kind.weight.removeprefix("Q").lower(),
         "activations": kind.activation.removeprefix("Q").lower(),
+        **({"emulated": "rounded, and multiplied in float32"} if (engine, dtype) in EMULATED else {}),
         "kept": sorted(keep),
         "rescaled": sorted(rescale or {}),
         **(record or {}),
@@ -63,6 +70,69 @@ def add_static(
         bundle_path, engine, dtype, about, options, progress,
         lambda bundle, path: static_graph(bundle, ranges, path, kind, keep, rescale),
     )  # fmt: skip
+
+
+def add_without_data(
+    bundle_path: Path | str,
+    engine: str = "cpu",
+    dtype: str = "int8-dynamic",
+    keep: Collection[str] = frozenset(),
+    options: EngineOptions | None = None,
+    progress: Progress = lambda stage, done, total: None,
+    record: Mapping[str, Any] | None = None,
+) -> EngineGraphs:
+    """Adds a graph that takes no ranges, for `engine` in a dtype of WITHOUT_DATA; one that the bundle has for this use is
+    replaced. For CUDA it is made of the step in float16, so that the bundle has to give its model.
+
+    Parameters as `add_static`; `keep` is for the CPU engine. Errors: ContractError for an engine or a dtype without such
+    graphs, or a name in `keep` that the step does not have; FormatError, when nothing can be quantized, or a bundle of a
+    user's own step is to get a graph for CUDA; VerificationError, when the answers differ.
+    """
+    if dtype not in WITHOUT_DATA.get(engine, ()):
+        raise ContractError(f"no graph is made in {dtype!r} for engine {engine!r} without ranges; {dtypes_of(engine)}")
+    if keep and engine != "cpu":
+        raise ContractError(f"keep is for the graphs of engine 'cpu'; those for '{engine}' quantize every product")
+    about: dict[str, Any] = {
+        "method": "dynamic, activations by what each step finds",
+        "weights": "int8",
+        "activations": "uint8",
+    }
+    if dtype in BITS:
+        about = {"method": f"weights alone, blocks of {BLOCK}", "weights": f"int{BITS[dtype]}"}
+        about["activations"] = "float16" if engine == "cuda" else "float32"
+    about |= {"kept": sorted(keep), **(record or {})}
+
+    def write(bundle: Bundle, path: Path) -> GraphEntry:
+        if engine == "cuda":
+            return _of_half(bundle, path, dtype)
+        return weights_graph(bundle, path, dtype, keep) if dtype in BITS else dynamic_graph(bundle, path, keep)
+
+    return _add(bundle_path, engine, dtype, about, options, progress, write)
+
+
+def dtypes_of(engine: str) -> str:
+    """In words, which quantized graphs are made for an engine."""
+    static = [dtype for name, dtype in STATIC if name == engine]
+    if not static:
+        return f"quantized graphs are for {', '.join(dict.fromkeys(name for name, _ in STATIC))}"
+    return f"for '{engine}' there are {', '.join([*static, *WITHOUT_DATA.get(engine, ())])}"
+
+
+def _of_half(bundle: Bundle, path: Path, dtype: str) -> GraphEntry:
+    """A graph with few bits of weights, of the step in float16."""
+    from rmt_trt.export.plain import plain_graph
+    from rmt_trt.export.recover import model_from_bundle
+
+    if bundle.manifest.model is None:
+        raise FormatError(
+            f"{bundle.path} holds a step of the user's own, which no file describes, and a graph for CUDA is made of the step "
+            f"in float16. Take --engine cpu"
+        )
+    initial = {state.initial: value for state, value in zip(bundle.spec.states, bundle.initial(), strict=True)}
+    with tempfile.TemporaryDirectory(prefix="half.", dir=path.parent) as folder:
+        half = Path(folder) / "half.onnx"
+        plain_graph(model_from_bundle(bundle), bundle.spec, "fp16", half, initial)
+        return half_weights_graph(bundle, half, path, dtype)
 
 
 def _add(

@@ -21,16 +21,15 @@ class Product:
     weight: str
 
 
-def products(model: Any, spec: StepSpec) -> tuple[Product, ...]:
-    """The products to quantize, in the graph's order. model: an onnx.ModelProto, its external data not needed.
+def products(model: Any, spec: StepSpec, of: int = 1) -> tuple[Product, ...]:
+    """The products to quantize, in the graph's order. model: an onnx.ModelProto, its external data not needed. of: their
+    weights' type, a value of onnx.TensorProto; 1 is FLOAT.
 
     A product that reads a state directly, or whose output is moved into a state, keeps float32. So do products of two
     activations, such as attention's, and those whose weight is computed in the graph, such as a tied head's.
     """
     graph = model.graph
-    weights = {
-        tensor.name for tensor in graph.initializer if tensor.data_type == tensor.FLOAT and len(tensor.dims) == 2
-    }
+    weights = {tensor.name for tensor in graph.initializer if tensor.data_type == of and len(tensor.dims) == 2}
     read = _moved(graph.node, {state.input for state in spec.states})
     written = _sources(graph.node, {state.output for state in spec.states})
     return tuple(

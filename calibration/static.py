@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from rmt_trt.bundle import Bundle, GraphEntry
-from rmt_trt.calibration.products import Product
 from rmt_trt.calibration.ranges import Ranges
-from rmt_trt.calibration.step_graph import drop_unused, read_step, split_gemms, write_step
-from rmt_trt.calibration.tables import Table, quantize_tables, tables
+from rmt_trt.calibration.step_graph import chosen_products, drop_unused, read_step, split_gemms, write_step
+from rmt_trt.calibration.tables import kept_apart, quantize_tables, tables
 from rmt_trt.errors import ContractError, FormatError, require
 
 Rescale = Mapping[str, np.ndarray]
@@ -75,7 +74,7 @@ def static_graph(
     ranges.require_model(bundle.spec, bundle.path)
     model, all_products = read_step(bundle)
     looked_up = tables(model) if kind.tables else ()
-    chosen = _chosen(all_products, looked_up, keep)
+    chosen = chosen_products(all_products, looked_up, keep)
     missing = [product.activation for product in chosen if product.activation not in ranges.tensors]
     if missing:
         raise FormatError(
@@ -87,21 +86,8 @@ def static_graph(
     renamed = _rescaled(model.graph, {product.node for product in chosen}, thresholds, rescale or {})
     thresholds = {renamed.get(name, name): threshold for name, threshold in thresholds.items()}
     quantized = _quantized(model, [product.node for product in chosen], thresholds, kind)
-    quantize_tables(quantized, [table for table in looked_up if not {table.name, *table.heads} & set(keep)])
+    quantize_tables(quantized, kept_apart(looked_up, keep))
     return write_step(quantized, model, path, kind.dtype)
-
-
-def _chosen(found: tuple[Product, ...], looked_up: tuple[Table, ...], keep: Collection[str]) -> tuple[Product, ...]:
-    known = {product.node for product in found} | {name for table in looked_up for name in (table.name, *table.heads)}
-    unknown = sorted(set(keep) - known)
-    if unknown:
-        raise ContractError(
-            f"{unknown[0]!r:.80} is no product of this step that could be quantized; expected names such as {found[0].node!r}"
-        )
-    chosen = tuple(product for product in found if product.node not in keep)
-    if not chosen:
-        raise ContractError(f"all {len(found)} products are to stay in float32; there is nothing left to quantize")
-    return chosen
 
 
 def _rescaled(graph: Any, nodes: Collection[str], known: Collection[str], rescale: Rescale) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.calibration.products import Product, products
+from rmt_trt.calibration.tables import Table
 from rmt_trt.calibration.tapped import step_entry
-from rmt_trt.errors import FormatError, require
+from rmt_trt.errors import ContractError, FormatError, require
 from rmt_trt.files import cannot_write
 from rmt_trt.initial_state import INITIAL_KEY, SPEC_KEY
 
@@ -31,6 +32,25 @@ def read_step(bundle: Bundle) -> tuple[Any, tuple[Product, ...]]:
             f"{bundle.path} has nothing to quantize: its step has no product of an activation with a constant float32 weight"
         )
     return model, chosen
+
+
+def chosen_products(
+    found: tuple[Product, ...], looked_up: tuple[Table, ...], keep: Collection[str]
+) -> tuple[Product, ...]:
+    """The products that are quantized when `keep` stays as it is: names of products, of tables, or of their tied heads.
+
+    Errors: ContractError for a name that is none of these, and when no product is left.
+    """
+    known = {product.node for product in found} | {name for table in looked_up for name in (table.name, *table.heads)}
+    unknown = sorted(set(keep) - known)
+    if unknown:
+        raise ContractError(
+            f"{unknown[0]!r:.80} is no product of this step that could be quantized; expected names such as {found[0].node!r}"
+        )
+    chosen = tuple(product for product in found if product.node not in keep)
+    if not chosen:
+        raise ContractError(f"all {len(found)} products are to stay in float32; there is nothing left to quantize")
+    return chosen
 
 
 def write_step(model: Any, source: Any, path: Path, dtype: str) -> GraphEntry:
@@ -77,8 +97,14 @@ def split_gemms(graph: Any, names: Iterable[str]) -> None:
 
 
 def drop_unused(graph: Any) -> None:
-    """Removes initializers that no node reads."""
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    """Removes initializers that no node reads, and all but the first of a name; and nodes that move them to nobody."""
+    outputs = {value.name for value in graph.output}
+    read = {name for node in graph.node for name in node.input} | outputs
+    nodes = [node for node in graph.node if node.op_type != "Transpose" or node.output[0] in read]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input} | outputs
+    kept = {tensor.name: tensor for tensor in reversed(graph.initializer) if tensor.name in read}.values()
+    kept = list(reversed(kept))
     del graph.initializer[:]
     graph.initializer.extend(kept)

@@ -55,6 +55,11 @@ def tables(model: Any, least_bytes: int | None = None) -> tuple[Table, ...]:
     return tuple(found)
 
 
+def kept_apart(found: Collection[Table], keep: Collection[str]) -> list[Table]:
+    """Those of which neither the table nor a head is in `keep`."""
+    return [table for table in found if not {table.name, *table.heads} & set(keep)]
+
+
 def quantize_tables(model: Any, found: Collection[Table]) -> None:
     """Rewrites lookups and tied heads of an onnx.ModelProto. A head multiplies in integers, its activation in 8 bits by what
     each step finds in it: ONNX Runtime makes one node of that."""

@@ -300,7 +300,7 @@ def _verify(
     engine, source = made.engine, open_source(stage)
     reason = refusal(engine, source, made.dtype, 0)
     if reason is not None:
-        made = replace(made, unverified=reason)
+        made = replace(made, unverified=reason.replace(str(stage), str(bundle.path)))
         if made.quantization is None:
             return made
         # The same files, as the CPU provider computes them.

@@ -518,7 +518,10 @@ def test_the_command_reads_ids_and_text_and_goes_on_after_an_interrupt(
 USAGE = {
     "nothing": ([], "nothing to calibrate with was given; expected one of --data FILE, --task NAMES and --ranges FILE"),
     "two": (["--task", "detect", "--ranges", "r.json"], "--task and --ranges were given; expected one of"),
-    "fp8": (["--task", "detect", "--dtype", "fp8"], "--dtype is 'fp8'; rmt-calibrate makes int8 graphs"),
+    "dtype": (
+        ["--task", "detect", "--dtype", "fp16"],
+        "no 'fp16' graph is made for engine 'cpu'; for 'cpu' there are int8, fp8",
+    ),
     "text": (["--data", "a.npy", "--text", "b.txt"], "--text b.txt hides the facts of a task"),
     "part": (["--task", "detect", "--part", "0:1"], "--part 0:1 is a part of a text"),
     "documents": (["--task", "detect", "--documents", "0"], "--documents is 0; expected a number from 1 to 10,000"),

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -180,16 +181,26 @@ class _Adding:
                 files |= {inside: graph.path.with_name(Path(inside).name) for inside in names}
                 listed = (*listed, graph.entry)
         new = next((graph for graph in graphs if graph.new), graphs[0])
-        facts = {
+        facts: dict[str, Any] = {
             "plain": f"compiled from {'a plain graph' if new.new else new.entry.file}",
             "check": None if new.check is None else new.check.to_json(),
             "verification": None,
             "unverified": UNVERIFIED,
         }
+        if not new.new:
+            facts |= self._known_of_graph()
         add_files(
             self.bundle.path, files, listed, fingerprint=self.bundle.spec.fingerprint,
             verification=lambda old: recorded(old, self.flavour.engine, self.dtype, facts),
         )  # fmt: skip
+
+    def _known_of_graph(self) -> dict[str, Any]:
+        """What the manifest records of a quantized graph that was compiled: how it was made, and verified before."""
+        value: Any = self.bundle.manifest.verification
+        for key in ("engines", self.flavour.engine, self.dtype):
+            value = value.get(key) if isinstance(value, dict) else None
+        kept = ("quantization", "verification", "verified_on")
+        return {name: value[name] for name in kept if name in value} if isinstance(value, dict) else {}
 
 
 def engine_name(engine: str, dtype: str, head: str, capabilities: tuple[int, ...], options: BuildOptions) -> str:

@@ -1,4 +1,4 @@
-"""rmt-calibrate: ranges along the recurrence over a user's documents, and the INT8 graph that they give."""
+"""rmt-calibrate: ranges along the recurrence over a user's documents, and quantized graphs for a bundle."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ def calibrate(
     text: Annotated[Path | None, typer.Option(help="Background text of --task. [default: synthetic words]")] = None,
     part: Annotated[str | None, typer.Option(help="Part of the text, from and to. [default: 0.0:1.0]")] = None,
     ranges: Annotated[Path | None, typer.Option(help="ranges.json of an earlier run, instead of documents.")] = None,
-    dtype: Annotated[str, typer.Option(help="int8.")] = "int8",
+    dtype: Annotated[
+        str, typer.Option(help="int8, fp8; without data int8-dynamic, int8-weights, int4-weights.")
+    ] = "int8",
+    engine: Annotated[
+        str, typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx; what an engine lacks is refused.")
+    ] = "cpu",
     method: Annotated[str, typer.Option(help="minmax, entropy or percentile (99.999).")] = "minmax",
     documents: Annotated[
         int | None, typer.Option(help=f"At most so many documents. [default: all; of a task {DOCUMENTS}]")
@@ -70,19 +75,24 @@ def calibrate(
     debug: Debug = False,
     version: Version = False,
 ) -> None:
-    """Takes the ranges of a step's tensors along the recurrence, and adds a static INT8 graph to BUNDLE."""
-    _check(dtype, data, task, ranges, text, documents, segments)
+    """Takes the ranges of a step's tensors along the recurrence, and adds a quantized graph to BUNDLE."""
+    given = _given(data, task, ranges)
+    _check_options(given, task, text, documents, segments)
     share = parse_part(part, text)
     for module in ("onnx", "onnxruntime", "torch", "transformers"):
         require(module, "export", "rmt-calibrate")
     from rmt_trt.calibration import CollectOptions, load_ranges
     from rmt_trt.export import EngineOptions
 
+    calibrated = _is_calibrated(engine, dtype, given)
+
     options = CollectOptions(method, draws, seed, threads)
     verification = EngineOptions(segments=check, tolerance=tolerance, accept_drift=accept_drift)
     opened, screen = Bundle(bundle), console()
-    found: Ranges
-    if ranges is not None:
+    found: Ranges | None = None
+    if not calibrated:
+        pass
+    elif ranges is not None:
         found = load_ranges(ranges)
         found.require_model(opened.spec, bundle)
     else:
@@ -93,25 +103,34 @@ def calibrate(
             else:
                 sources, about = _of_files(opened, data or [], documents, segments)
             found = _collect(opened, sources, options, about, out, resume, screen)
-    _add(bundle, found, verification, screen)
+    _add(bundle, engine, dtype, found, verification, screen)
 
 
-def _check(
-    dtype: str,
-    data: list[Path] | None,
-    task: str | None,
-    ranges: Path | None,
-    text: Path | None,
-    documents: int | None,
-    segments: int | None,
-) -> None:
-    """Errors: ContractError, for options that do not go together."""
-    if dtype != "int8":
-        raise ContractError(f"--dtype is {dtype!r:.60}; rmt-calibrate makes int8 graphs for the CPU engine")
-    given = [name for name, value in (("--data", data), ("--task", task), ("--ranges", ranges)) if value]
-    if len(given) != 1:
+def _given(data: list[Path] | None, task: str | None, ranges: Path | None) -> list[str]:
+    """The names of those of the options that were given."""
+    return [name for name, value in (("--data", data), ("--task", task), ("--ranges", ranges)) if value]
+
+
+def _is_calibrated(engine: str, dtype: str, given: list[str]) -> bool:
+    """Whether a graph takes ranges. given: the options that were. Errors: ContractError, for an engine and a dtype without
+    graphs, for data that no one would read, and for none where it is needed."""
+    from rmt_trt.calibration.add import STATIC, WITHOUT_DATA, dtypes_of
+
+    calibrated = (engine, dtype) in STATIC
+    if not calibrated and dtype not in WITHOUT_DATA.get(engine, ()):
+        raise ContractError(f"no {dtype!r:.60} graph is made for engine {engine!r:.60}; {dtypes_of(engine)}")
+    if calibrated and len(given) != 1:
         came = f"{' and '.join(given)} were given" if given else "nothing to calibrate with was given"
         raise ContractError(f"{came}; expected one of --data FILE, --task NAMES and --ranges FILE")
+    if given and not calibrated:
+        raise ContractError(f"an {dtype} graph reads no data, and {' and '.join(given)} was given. Leave it out")
+    return calibrated
+
+
+def _check_options(
+    given: list[str], task: str | None, text: Path | None, documents: int | None, segments: int | None
+) -> None:
+    """Errors: ContractError, for options that do not go together."""
     if text is not None and task is None:
         raise ContractError(f"--text {text} hides the facts of a task; give --task too, or the text itself with --data")
     for name, value, most in (("--documents", documents, MOST_DOCUMENTS), ("--segments", segments, MOST_SEGMENTS)):
@@ -231,9 +250,9 @@ def _collect(
     return found
 
 
-def _add(path: Path, ranges: Ranges, options: EngineOptions, screen: Console) -> None:
-    """Adds the graph, and says what it is and how far it was proved."""
-    from rmt_trt.calibration import add_static
+def _add(path: Path, engine: str, dtype: str, ranges: Ranges | None, options: EngineOptions, screen: Console) -> None:
+    """Adds the graph, and says what it is and how far it was proved. ranges: None for a graph that takes none."""
+    from rmt_trt.calibration import add_static, add_without_data
 
     started = time.perf_counter()
     with stage_progress(screen) as bars:
@@ -245,7 +264,10 @@ def _add(path: Path, ranges: Ranges, options: EngineOptions, screen: Console) ->
             bars.update(tasks[stage], completed=done, total=total)
 
         try:
-            made = add_static(path, ranges, options=options, progress=show)
+            if ranges is None:
+                made = add_without_data(path, engine, dtype, options=options, progress=show)
+            else:
+                made = add_static(path, ranges, engine, dtype, options=options, progress=show)
         except VerificationError as err:
             if "rows" in err.report:
                 screen.print(drift_table(err.report))
