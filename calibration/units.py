@@ -102,13 +102,22 @@ def _name(modules: Sequence[str], grouping: Grouping) -> str:
 
 
 def _modules(nodes: Iterable[Any], wanted: set[str]) -> dict[str, str]:
-    """The module of each node, without what all of them begin with; a node's own name where nothing tells its module."""
+    """The module of each node, without what all of them begin with, and those of layers without what layers begin with; a
+    node's own name where nothing tells its module."""
     found = {node.name: _scope(node) for node in nodes if node.name in wanted}
-    known = [scope.split(".") for scope in found.values() if scope]
-    same = 0
-    while known and all(len(parts) > same + 1 and parts[same] == known[0][same] for parts in known):
-        same += 1
-    return {name: ".".join(scope.split(".")[same:]) if scope else name for name, scope in found.items()}
+    short = dict(found)
+    for group in ([name for name in found if found[name]], [name for name in found if _LAYER.match(found[name])]):
+        parts = [short[name].split(".") for name in group]
+        same = 0
+        while parts and all(_goes_on(one, same) and one[same] == parts[0][same] for one in parts):
+            same += 1
+        short |= {name: ".".join(one[same:]) for name, one in zip(group, parts, strict=True)}
+    return {name: module or name for name, module in short.items()}
+
+
+def _goes_on(parts: Sequence[str], place: int) -> bool:
+    """Whether enough is left of a name without its part `place`: "layer" of "layer.0" stays."""
+    return len(parts) > place + 1 and not parts[place + 1].isdigit()
 
 
 def _scope(node: Any) -> str:

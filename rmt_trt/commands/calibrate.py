@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 from rmt_trt.bundle import Bundle
+from rmt_trt.commands import calibrate_mix as mixing
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
 from rmt_trt.commands.eval import parse_part
 from rmt_trt.commands.inputs import read_input
@@ -22,6 +24,7 @@ from rmt_trt.files import cannot_write, check_folder, check_target, sole_user
 if TYPE_CHECKING:
     from rmt_trt.calibration import CollectOptions, Ranges, Source
     from rmt_trt.export import EngineOptions
+    from rmt_trt.training.tasks.task import Task
 
 app = new_app()
 
@@ -62,6 +65,19 @@ def calibrate(
     draws: Annotated[
         int, typer.Option(help="Segments looked at in each third of a document, beside first, last and 1, 2, 4, ...")
     ] = 8,
+    first_only: Annotated[
+        bool, typer.Option("--first-only", help="Look at first segments alone, to see what the others are worth.")
+    ] = False,
+    max_drift: mixing.MaxDrift = None,
+    min_recall: mixing.MinRecall = None,
+    sensitivity: mixing.Sensitivity = False,
+    mix: mixing.MixFile = None,
+    units: mixing.Units = None,
+    smooth: mixing.Smooth = None,
+    drift_segments: mixing.DriftSegments = 32,
+    drift_documents: mixing.DriftDocuments = 2,
+    recall_segments: mixing.RecallSegments = "64",
+    recall_questions: mixing.RecallQuestions = 100,
     seed: Annotated[int, typer.Option(help="Seed of the draws, and of a task's documents.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a step. [default: all cores]")] = None,
     check: Annotated[int, typer.Option(help="Segments that the verification of the graph goes through.")] = 16,
@@ -71,7 +87,9 @@ def calibrate(
     ] = None,
     accept_drift: Annotated[bool, typer.Option("--accept-drift", help="Keep a graph that breaches it.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run into this folder was stopped.")] = False,
-    out: Annotated[Path, typer.Option("-o", "--out", help=f"Folder of {RANGES} and {PLOT}.")] = Path("calibration"),
+    out: Annotated[Path, typer.Option("-o", "--out", help=f"Folder of {RANGES}, {mixing.MIX}, plots.")] = Path(
+        "calibration"
+    ),
     debug: Debug = False,
     version: Version = False,
 ) -> None:
@@ -81,29 +99,40 @@ def calibrate(
     share = parse_part(part, text)
     for module in ("onnx", "onnxruntime", "torch", "transformers"):
         require(module, "export", "rmt-calibrate")
+    from rmt_trt.benchmarks.command_line import shown
     from rmt_trt.calibration import CollectOptions, load_ranges
     from rmt_trt.export import EngineOptions
 
-    calibrated = _is_calibrated(engine, dtype, given)
-
-    options = CollectOptions(method, draws, seed, threads)
+    want = mixing.wanted(
+        max_drift, min_recall, sensitivity, mix, units, smooth, (drift_segments, drift_documents),
+        (recall_segments, recall_questions), task, bool(task or data), threads,
+    )  # fmt: skip
+    calibrated = _is_calibrated(engine, dtype, given, want)
+    options = CollectOptions(method, draws, seed, threads, first_only)
     verification = EngineOptions(segments=check, tolerance=tolerance, accept_drift=accept_drift)
     opened, screen = Bundle(bundle), console()
-    found: Ranges | None = None
     if not calibrated:
-        pass
-    elif ranges is not None:
-        found = load_ranges(ranges)
+        return _add(bundle, engine, dtype, None, verification, screen)
+    found = None if ranges is None else load_ranges(ranges)
+    if found is not None:
         found.require_model(opened.spec, bundle)
-    else:
-        _make_folder(out)
-        with sole_user(out, "rmt-calibrate"):
+    sources: list[Source] = []
+    asked: Task | None = None
+    about: dict[str, Any] = {"command": shown(sys.argv[1:], "rmt-calibrate")}
+    with contextlib.ExitStack() as held:
+        if found is None or want.measures:
+            _make_folder(out)
+            held.enter_context(sole_user(out, "rmt-calibrate"))
             if task is not None:
-                sources, about = _of_task(opened, task, text, share, documents, segments, seed)
+                asked = _open_task(opened, task, text, share)
+                sources, more = _of_task(opened, asked, documents, segments, seed)
             else:
-                sources, about = _of_files(opened, data or [], documents, segments)
+                sources, more = _of_files(opened, data or [], documents, segments)
+            about |= more
+        if found is None:
             found = _collect(opened, sources, options, about, out, resume, screen)
-    _add(bundle, engine, dtype, found, verification, screen)
+        planned = mixing.plan(opened, found, (engine, dtype), want, sources, asked, about, out, screen)
+    _add(bundle, engine, dtype, planned, verification, screen)
 
 
 def _given(data: list[Path] | None, task: str | None, ranges: Path | None) -> list[str]:
@@ -111,19 +140,23 @@ def _given(data: list[Path] | None, task: str | None, ranges: Path | None) -> li
     return [name for name, value in (("--data", data), ("--task", task), ("--ranges", ranges)) if value]
 
 
-def _is_calibrated(engine: str, dtype: str, given: list[str]) -> bool:
+def _is_calibrated(engine: str, dtype: str, given: list[str], want: mixing.Wanted) -> bool:
     """Whether a graph takes ranges. given: the options that were. Errors: ContractError, for an engine and a dtype without
-    graphs, for data that no one would read, and for none where it is needed."""
+    graphs, for data or a mix that no one would read, and for no data where it is needed."""
     from rmt_trt.calibration.add import STATIC, WITHOUT_DATA, dtypes_of
 
     calibrated = (engine, dtype) in STATIC
     if not calibrated and dtype not in WITHOUT_DATA.get(engine, ()):
         raise ContractError(f"no {dtype!r:.60} graph is made for engine {engine!r:.60}; {dtypes_of(engine)}")
-    if calibrated and len(given) != 1:
+    if calibrated and len(given) != 1 and not (want.measures and len(given) == 2 and "--ranges" in given):
         came = f"{' and '.join(given)} were given" if given else "nothing to calibrate with was given"
         raise ContractError(f"{came}; expected one of --data FILE, --task NAMES and --ranges FILE")
     if given and not calibrated:
         raise ContractError(f"an {dtype} graph reads no data, and {' and '.join(given)} was given. Leave it out")
+    if not calibrated and want.mixes:
+        raise ContractError(
+            f"products are kept in float32, or rescaled, in int8 and fp8 graphs by ranges, not in {dtype}"
+        )
     return calibrated
 
 
@@ -144,23 +177,12 @@ def _make_folder(path: Path) -> None:
     except OSError as err:
         raise cannot_write(path, err) from err
     check_folder(path, "the ranges go")
-    for name in (RANGES, PLOT, PARTIAL):
+    for name in (RANGES, PLOT, PARTIAL, mixing.MIX, mixing.PLOT):
         check_target(path / name)
 
 
-def _of_task(
-    bundle: Bundle,
-    names: str,
-    text: Path | None,
-    share: tuple[float, float],
-    documents: int | None,
-    segments: int | None,
-    seed: int,
-) -> tuple[list[Source], dict[str, Any]]:
-    """Documents that no training batch and no evaluation has, and what they are."""
-    from rmt_trt.calibration import Source
-    from rmt_trt.calibration.documents import task_seed
-    from rmt_trt.evaluation.cases import length_of
+def _open_task(bundle: Bundle, names: str, text: Path | None, share: tuple[float, float]) -> Task:
+    """The task, fit for the model. Errors: ContractError, FormatError."""
     from rmt_trt.evaluation.fit import check_fit
     from rmt_trt.training.tasks import open_task
 
@@ -171,6 +193,17 @@ def _of_task(
         )
     made = open_task(names, text, None if text is None else tokenizer, share)
     check_fit(bundle.spec, tokenizer, made)
+    return made
+
+
+def _of_task(
+    bundle: Bundle, made: Task, documents: int | None, segments: int | None, seed: int
+) -> tuple[list[Source], dict[str, Any]]:
+    """Documents that no training batch and no evaluation has, and what they are."""
+    from rmt_trt.calibration import Source
+    from rmt_trt.calibration.documents import task_seed
+    from rmt_trt.evaluation.cases import length_of
+
     count, first = segments or SEGMENTS, task_seed(seed)
     sources = []
     for number in range(documents or DOCUMENTS):
@@ -217,14 +250,12 @@ def _collect(
     screen: Console,
 ) -> Ranges:
     """The ranges, written with their plot. An interrupt leaves what a later run goes on from."""
-    from rmt_trt.benchmarks.command_line import shown
     from rmt_trt.calibration import collect
     from rmt_trt.calibration.plots import draw
 
     started, partial = time.perf_counter(), out / PARTIAL
     if not resume:
         partial.unlink(missing_ok=True)
-    about = {"command": shown(sys.argv[1:], "rmt-calibrate"), **about}
     try:
         with stage_progress(screen) as bars:
             bar = bars.add_task(LABELS["collect"], total=None)
@@ -250,8 +281,10 @@ def _collect(
     return found
 
 
-def _add(path: Path, engine: str, dtype: str, ranges: Ranges | None, options: EngineOptions, screen: Console) -> None:
-    """Adds the graph, and says what it is and how far it was proved. ranges: None for a graph that takes none."""
+def _add(
+    path: Path, engine: str, dtype: str, planned: mixing.Plan | None, options: EngineOptions, screen: Console
+) -> None:
+    """Adds the graph, and says what it is and how far it was proved. planned: None for a graph that takes no ranges."""
     from rmt_trt.calibration import add_static, add_without_data
 
     started = time.perf_counter()
@@ -264,10 +297,12 @@ def _add(path: Path, engine: str, dtype: str, ranges: Ranges | None, options: En
             bars.update(tasks[stage], completed=done, total=total)
 
         try:
-            if ranges is None:
+            if planned is None:
                 made = add_without_data(path, engine, dtype, options=options, progress=show)
             else:
-                made = add_static(path, ranges, engine, dtype, options=options, progress=show)
+                made = add_static(
+                    path, planned.ranges, engine, dtype, planned.keep, planned.rescale, options, show, planned.record
+                )
         except VerificationError as err:
             if "rows" in err.report:
                 screen.print(drift_table(err.report))

@@ -66,6 +66,11 @@ class Wanted:
     questions: int
 
     @property
+    def mixes(self) -> bool:
+        """Whether anything but the plain quantized graph is asked for."""
+        return self.measures or self.file is not None or self.options.smooth is not None
+
+    @property
     def measures(self) -> bool:
         """Whether documents are needed beside the ranges."""
         return bool(self.options.budget) or self.options.always
@@ -121,7 +126,7 @@ def wanted(
 def plan(
     bundle: Bundle,
     ranges: Ranges,
-    kind: Kind,
+    use: tuple[str, str],
     want: Wanted,
     sources: Sequence[Source],
     task: Task | None,
@@ -129,10 +134,15 @@ def plan(
     out: Path,
     screen: Console,
 ) -> Plan:
-    """The mix that is asked for. A measured one is written into `out`. Errors: as `choose_mix`, `load_mix` and `smoothed`."""
+    """The mix that is asked for. use: engine and dtype. A measured one is written into `out`.
+
+    Errors: as `choose_mix`, `load_mix` and `smoothed`; ContractError for a mix that leaves nothing to quantize.
+    """
+    from rmt_trt.calibration.add import STATIC
     from rmt_trt.calibration.mix import load_mix
     from rmt_trt.calibration.search import keepable
 
+    kind = STATIC[use]
     if want.file is not None:
         mix = load_mix(want.file)
         mix.require(bundle.spec, kind.dtype, keepable(bundle, kind), want.file)
@@ -215,7 +225,7 @@ def _write(chosen: Chosen, out: Path, screen: Console) -> None:
 def _table(found: Sequence[UnitDrift], kept: Sequence[str]) -> Table:
     """The worst units, and the ways of the memory."""
     table = Table(title="each unit quantized alone: relative L2 error against fp32", title_justify="left")
-    table.add_column("unit")
+    table.add_column("unit", no_wrap=True, overflow="ellipsis", min_width=36)
     for name in ("memory, worst", "at the end", "logits, worst", "answers changed"):
         table.add_column(name, justify="right")
     rows = sorted(found, key=lambda one: -one.drifted.drift)
