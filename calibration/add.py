@@ -42,10 +42,12 @@ def add_static(
     options: EngineOptions | None = None,
     progress: Progress = lambda stage, done, total: None,
     record: Mapping[str, Any] | None = None,
+    half: bool | None = None,
 ) -> EngineGraphs:
     """Adds a static graph to a bundle, for `engine` in "int8" or "fp8"; one that the bundle has for this use is replaced.
 
     keep, rescale  as `static_graph`
+    half           whether what stays float is float16, norms apart; None is yes for engines of a GPU. The CPU has none
     options        `segments`, `tolerance` and `accept_drift` of the verification are read
     progress       called with (stage, done, total); stages are "graphs" and "verify"
     record         what the manifest is to say of it in addition, as plain values
@@ -57,11 +59,17 @@ def add_static(
     kind = STATIC.get((engine, dtype))
     if kind is None:
         raise ContractError(f"no static graph is made in {dtype!r} for engine {engine!r}; {dtypes_of(engine)}")
+    if half and engine == "cpu":
+        raise ContractError(
+            "half is for the engines of a GPU; ONNX Runtime computes in float32 on the CPU. Leave it out"
+        )
+    kind = replace(kind, half=engine != "cpu" if half is None else half)
     about = {
         "method": f"static, ranges by {ranges.method} from {ranges.segments} segments of {len(ranges.documents)} documents",
         "weights": kind.weight.removeprefix("Q").lower(),
         "activations": kind.activation.removeprefix("Q").lower(),
-        **({"emulated": "rounded, and multiplied in float32"} if (engine, dtype) in EMULATED else {}),
+        "rest": "fp16" if kind.half else "fp32",
+        **({"emulated": "rounded, and multiplied in float"} if (engine, dtype) in EMULATED else {}),
         "kept": sorted(keep),
         "rescaled": sorted(rescale or {}),
         **(record or {}),

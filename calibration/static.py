@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rmt_trt.bundle import Bundle, GraphEntry
+from rmt_trt.calibration.half import in_half
 from rmt_trt.calibration.ranges import Ranges
 from rmt_trt.calibration.step_graph import chosen_products, drop_unused, read_step, split_gemms, write_step
 from rmt_trt.calibration.tables import kept_apart, quantize_tables, tables
@@ -21,12 +22,13 @@ Rescale = Mapping[str, np.ndarray]
 @dataclass(frozen=True)
 class Kind:
     """What a static graph's products are of. weight, activation: members of onnxruntime.quantization's QuantType.
-    tables: embedding tables are of int8 rows, which is for ONNX Runtime alone."""
+    tables: embedding tables are of int8 rows, which is for ONNX Runtime alone. half: what stays float is float16."""
 
     dtype: str
     weight: str
     activation: str
     tables: bool = False
+    half: bool = False
 
 
 # On x86, ONNX Runtime fuses products of uint8 (here with zero point 128) and int8. Of int8 and int8 it fused 8 of the
@@ -61,7 +63,7 @@ def static_graph(
 
     Activations have one scale for each tensor, from its range; int8 weights one for each output channel, E4M3 weights
     one each. All is symmetric. Biases, normalisation, attention's products, and what reads and writes the memory stay
-    float32.
+    float: float32, or float16 but for norms, as `kind` says.
 
     keep     nodes (`Product.node`) that stay float32 too, and embedding tables or their tied heads (`Table`), by name
     rescale  activation -> (k,) float32 s: the tensor is divided by s in front of its quantized products, and the rows of
@@ -87,6 +89,8 @@ def static_graph(
     thresholds = {renamed.get(name, name): threshold for name, threshold in thresholds.items()}
     quantized = _quantized(model, [product.node for product in chosen], thresholds, kind)
     quantize_tables(quantized, kept_apart(looked_up, keep))
+    if kind.half:
+        quantized = in_half(quantized, bundle.spec)
     return write_step(quantized, model, path, kind.dtype)
 
 
@@ -126,9 +130,10 @@ def _quantized(model: Any, nodes: list[str], thresholds: Mapping[str, float], ki
         quantization.CalibrationMethod.MinMax,
         {name: quantization.TensorData(lowest=-bound, highest=bound) for name, bound in bounds.items()},
     )
-    options = dict(QUANTIZER) | ({"TensorQuantOverrides": _e4m3_scales(model, nodes, bounds)} if kind == FP8 else {})
+    e4m3 = kind.weight == FP8.weight
+    options = dict(QUANTIZER) | ({"TensorQuantOverrides": _e4m3_scales(model, nodes, bounds)} if e4m3 else {})
     quantizer = quantization.QDQQuantizer(
-        model, per_channel=kind != FP8, reduce_range=False,
+        model, per_channel=not e4m3, reduce_range=False,
         weight_qType=getattr(quantization.QuantType, kind.weight),
         activation_qType=getattr(quantization.QuantType, kind.activation),
         tensors_range=tensors, nodes_to_quantize=nodes, nodes_to_exclude=[], op_types_to_quantize=["MatMul"],

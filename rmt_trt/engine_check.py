@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rmt_trt.contract import DTYPES, LOGITS, MAX_STATES, SEGMENT, StepSpec
-from rmt_trt.engine_record import HARDWARE, EngineRecord
+from rmt_trt.contract import LOGITS, MAX_STATES, SEGMENT, StepSpec
+from rmt_trt.engine_record import BUILT, HARDWARE, EngineRecord
 from rmt_trt.errors import FormatError
 from rmt_trt.files import read_json
 from rmt_trt.initial_state import size_limit, spec_from_metadata
@@ -58,7 +58,7 @@ def _rules(record: EngineRecord) -> Iterator[tuple[str, bool, str]]:
     """(field, whether it holds what it may, what that is)."""
     yield "engine", record.engine in FLAVOURS, _either(FLAVOURS)
     yield "flavour", record.flavour == FLAVOURS[record.engine], repr(FLAVOURS[record.engine])
-    yield "dtype", record.dtype in DTYPES, _either(DTYPES)
+    yield "dtype", record.dtype in BUILT, _either(BUILT)
     yield "role", record.role == "step", "'step'"
     yield "head", record.head in HEADS, _either(HEADS)
     yield (

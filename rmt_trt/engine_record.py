@@ -13,6 +13,7 @@ from rmt_trt.errors import FormatError
 FORMAT = "rmt-trt-engine"
 FORMAT_VERSION = 1
 FOLDER = "engines"
+BUILT = ("fp32", "fp16", "bf16", "int8", "fp8")  # dtypes that engines are built in
 # "none": GPUs of its compute capabilities; "same_compute_capability": the same, whatever their model; "ampere_plus": all
 # from 8.0 on. In the words of TensorRT's HardwareCompatibilityLevel.
 HARDWARE = ("none", "same_compute_capability", "ampere_plus")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rmt_trt.bundle import Bundle
-from rmt_trt.contract import SEGMENT, Head
+from rmt_trt.contract import QUANTIZED, SEGMENT, Head
 from rmt_trt.engine_check import read_record
-from rmt_trt.engine_record import FOLDER, HARDWARE, EngineRecord
+from rmt_trt.engine_record import BUILT, FOLDER, HARDWARE, EngineRecord
 from rmt_trt.errors import EngineError, FormatError
 from rmt_trt.files import sha256
 from rmt_trt.runtime import engine_fit, machine
@@ -105,6 +105,8 @@ def refusal(source: Source, engine: str, dtype: str | None, device: int) -> str 
 
 def _choice(source: Source, engine: str, dtype: str | None, device: int) -> dict[Head, EngineFile] | str:
     """The files to run, or why there are none."""
+    if dtype is not None and dtype not in BUILT:
+        return f"engines are built in {', '.join(BUILT)}, not in {dtype}"
     files, unreadable = listed(source)
     own = [file for file in files if file.record.engine == engine]
     wanted = [file for file in own if _wanted(file.record, dtype, source.record is not None)]
@@ -178,6 +180,8 @@ def _no_gpu(engine: str, device: int) -> bool:
 def _advice(source: Source, engine: str, dtype: str | None, device: int) -> str:
     """What to build, ready to paste where this machine has a GPU."""
     bundle = shlex.quote(str(source.path)) if source.bundle is not None else "NAME.rmt"
+    if dtype in QUANTIZED and (source.bundle is None or source.bundle.graph(engine, dtype) is None):
+        return f"First add a graph to build it from: rmt-calibrate {bundle} --engine {engine} --dtype {dtype}"
     line = f"rmt-build {bundle} --engine {{}} --dtype {dtype or DTYPES[0]}"
     if _no_gpu(engine, device):
         if engine == RTX:

@@ -11,9 +11,8 @@ from typing import Any
 from torch import nn
 
 from rmt_trt.bundle import Bundle, GraphEntry, add_files
-from rmt_trt.contract import DTYPES, Head
+from rmt_trt.contract import Head
 from rmt_trt.engine_record import FOLDER, HARDWARE, EngineRecord
-from rmt_trt.errors import ContractError
 from rmt_trt.export.engine_graphs import recorded
 from rmt_trt.export.graph_check import GraphCheck
 from rmt_trt.export.tensorrt import flavours
@@ -21,6 +20,7 @@ from rmt_trt.export.tensorrt.builder import Plan, build_plan
 from rmt_trt.export.tensorrt.flavours import Flavour
 from rmt_trt.export.tensorrt.graphs import Graph, check_listed, listed_graph, made_graph
 from rmt_trt.export.tensorrt.options import BuildOptions, heads_of
+from rmt_trt.export.tensorrt.products import check_dtypes, check_products
 from rmt_trt.files import cannot_write, check_folder, check_target, checked_path, sha256, write_file
 from rmt_trt.initial_state import to_metadata
 
@@ -52,12 +52,11 @@ def check_build(engine: str, dtypes: Sequence[str], options: BuildOptions, bundl
     Errors: as `add_engines`.
     """
     flavour = flavours.flavour_of(engine, options)
-    wrong = [dtype for dtype in dtypes if dtype not in DTYPES]
-    if wrong or not dtypes:
-        raise ContractError(f"dtype is {', '.join(map(repr, wrong)) or 'missing'}; expected one of {', '.join(DTYPES)}")
+    check_dtypes(dtypes)
+    check_products(engine, dtypes, options.compute_capabilities, bundle)
     for dtype in dtypes:
         check_listed(bundle, engine, dtype)
-    flavours.capabilities(flavour, flavours.library(flavour), options)
+    check_products(engine, dtypes, flavours.capabilities(flavour, flavours.library(flavour), options), bundle)
     if options.timing_cache is not None:
         check_target(options.timing_cache)
     if bundle is not None:

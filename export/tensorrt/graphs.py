@@ -55,8 +55,10 @@ def check_listed(bundle: Bundle | None, engine: str, dtype: str) -> None:
     if bundle is None and dtype == "fp32":
         return
     where = "a new bundle" if bundle is None else bundle.path
+    command = f"rmt-calibrate {'NAME.rmt' if bundle is None else bundle.path} --engine {engine} --dtype {dtype}"
     raise FormatError(
-        f"{where} lists no {dtype} graph for engine '{engine}', and none is made for a build. Add one, or take --dtype fp16"
+        f"{where} lists no {dtype} graph for engine '{engine}', and none is made for a build. Add one with {command}, or take "
+        f"--dtype fp16"
     )
 
 

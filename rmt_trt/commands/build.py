@@ -36,7 +36,9 @@ def build(
     engine: Annotated[
         str, typer.Option(help="tensorrt-rtx: builds for GPUs that are not here. tensorrt: for the GPU that is.")
     ] = "tensorrt-rtx",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16, bf16, several with commas.")] = "fp16",
+    dtype: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16; int8, fp8 after rmt-calibrate. Several with commas.")
+    ] = "fp16",
     compute_capability: ComputeCapability = None,
     max_batch: MaxBatch = None,
     head: HeadOption = None,

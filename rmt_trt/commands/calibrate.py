@@ -55,6 +55,10 @@ def calibrate(
     engine: Annotated[
         str, typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx; what an engine lacks is refused.")
     ] = "cpu",
+    rest: Annotated[
+        str | None,
+        typer.Option(help="What a static graph leaves in float: fp16 or fp32. [default: fp16; for cpu fp32]"),
+    ] = None,
     method: Annotated[str, typer.Option(help="minmax, entropy or percentile (99.999).")] = "minmax",
     documents: Annotated[
         int | None, typer.Option(help=f"At most so many documents. [default: all; of a task {DOCUMENTS}]")
@@ -108,11 +112,12 @@ def calibrate(
         (recall_segments, recall_questions), task, bool(task or data), threads,
     )  # fmt: skip
     calibrated = _is_calibrated(engine, dtype, given, want)
+    half = _is_half(rest, engine, calibrated)
     options = CollectOptions(method, draws, seed, threads, first_only)
     verification = EngineOptions(segments=check, tolerance=tolerance, accept_drift=accept_drift)
     opened, screen = Bundle(bundle), console()
     if not calibrated:
-        return _add(bundle, engine, dtype, None, verification, screen)
+        return _add(bundle, engine, dtype, None, half, verification, screen)
     found = None if ranges is None else load_ranges(ranges)
     if found is not None:
         found.require_model(opened.spec, bundle)
@@ -132,7 +137,7 @@ def calibrate(
         if found is None:
             found = _collect(opened, sources, options, about, out, resume, screen)
         planned = mixing.plan(opened, found, (engine, dtype), want, sources, asked, about, out, screen)
-    _add(bundle, engine, dtype, planned, verification, screen)
+    _add(bundle, engine, dtype, planned, half, verification, screen)
 
 
 def _given(data: list[Path] | None, task: str | None, ranges: Path | None) -> list[str]:
@@ -158,6 +163,17 @@ def _is_calibrated(engine: str, dtype: str, given: list[str], want: mixing.Wante
             f"products are kept in float32, or rescaled, in int8 and fp8 graphs by ranges, not in {dtype}"
         )
     return calibrated
+
+
+def _is_half(rest: str | None, engine: str, calibrated: bool) -> bool | None:
+    """Whether what stays float is float16; None is as usual. Errors: ContractError, where that is not to be chosen."""
+    if rest not in (None, "fp16", "fp32"):
+        raise ContractError(f"--rest is {rest!r:.60}; expected fp16 or fp32")
+    if rest is not None and not calibrated:
+        raise ContractError("--rest is for int8 and fp8, graphs with ranges. Leave it out")
+    if rest == "fp16" and engine == "cpu":
+        raise ContractError("--rest fp16 is for the engines of a GPU; ONNX Runtime computes in float32 on the CPU")
+    return None if rest is None else rest == "fp16"
 
 
 def _check_options(
@@ -282,7 +298,13 @@ def _collect(
 
 
 def _add(
-    path: Path, engine: str, dtype: str, planned: mixing.Plan | None, options: EngineOptions, screen: Console
+    path: Path,
+    engine: str,
+    dtype: str,
+    planned: mixing.Plan | None,
+    half: bool | None,
+    options: EngineOptions,
+    screen: Console,
 ) -> None:
     """Adds the graph, and says what it is and how far it was proved. planned: None for a graph that takes no ranges."""
     from rmt_trt.calibration import add_static, add_without_data
@@ -301,7 +323,16 @@ def _add(
                 made = add_without_data(path, engine, dtype, options=options, progress=show)
             else:
                 made = add_static(
-                    path, planned.ranges, engine, dtype, planned.keep, planned.rescale, options, show, planned.record
+                    path,
+                    planned.ranges,
+                    engine,
+                    dtype,
+                    planned.keep,
+                    planned.rescale,
+                    options,
+                    show,
+                    planned.record,
+                    half,
                 )
         except VerificationError as err:
             if "rows" in err.report:

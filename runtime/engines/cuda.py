@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from rmt_trt.bundle import Bundle
-from rmt_trt.contract import SEGMENT, Answer, Head
+from rmt_trt.contract import QUANTIZED, SEGMENT, Answer, Head
 from rmt_trt.errors import EngineError, require
 from rmt_trt.runtime import cuda, device_rows
 from rmt_trt.runtime.buckets import Bucket, Replay, States, new_bucket
@@ -52,8 +52,9 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
     if _dtype(source.bundle, dtype) is None:
         made = sorted({graph.dtype for graph in source.bundle.manifest.graphs if graph.engine == NAME})
         have = f"it has them in {', '.join(made)}" if made else "it has none"
+        command = "rmt-calibrate" if dtype in QUANTIZED else "rmt-export"
         return (
-            f"the bundle has no graphs for CUDA{f' in {dtype}' if dtype else ''} ({have}). Add them: rmt-export "
+            f"the bundle has no graphs for CUDA{f' in {dtype}' if dtype else ''} ({have}). Add them: {command} "
             f"{source.path} --engine cuda --dtype {dtype or 'fp16'}"
         )
     try:
@@ -288,6 +289,8 @@ def open_session(path: Path, gpu: cuda.Gpu) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    # Fused Q/DQ is made of nodes for integers on the CPU. Unfused, tensors are rounded on the GPU and multiplied in float.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     provider = {
         "device_id": str(gpu.index),
         "user_compute_stream": str(int(gpu.stream.handle)),
