@@ -100,10 +100,12 @@ class Bundle:
             self._checked.add(name)
         return path
 
-    def graph(self, engine: str, dtype: str = "fp32", head: str = "all", role: str = "step") -> GraphEntry | None:
-        """The entry of the graph made for this use, or None."""
-        wanted = (role, engine, dtype, head)
-        return next((g for g in self.manifest.graphs if (g.role, g.engine, g.dtype, g.head) == wanted), None)
+    def graph(
+        self, engine: str, dtype: str = "fp32", head: str = "all", role: str = "step", needs: tuple[str, ...] = ()
+    ) -> GraphEntry | None:
+        """The entry of the graph made for this use that needs just this, or None."""
+        wanted = (role, engine, dtype, head, needs)
+        return next((g for g in self.manifest.graphs if (g.role, g.engine, g.dtype, g.head, g.needs) == wanted), None)
 
     def graph_path(self, entry: GraphEntry) -> Path:
         """Path of a graph whose external data files are checked too."""

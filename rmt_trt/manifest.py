@@ -23,6 +23,8 @@ TOKENIZER = "tokenizer.json"
 REPORT = "verification.json"
 # "step" takes any batch of unequal lengths; "full" takes segments of S tokens only, and masks nothing.
 ROLES = ("step", "full", "prefill", "decode")
+# What a graph may need of an installation beside its engine. "native": rmt-trt's own operators for ONNX Runtime.
+NEEDS = ("native",)
 
 MANIFEST_LIMIT = 16 << 20
 FILE_LIMIT = 1 << 42
@@ -43,6 +45,7 @@ class GraphEntry:
     """An ONNX graph: what it is for and the external data files (names inside the bundle) that it reads.
 
     min_batch  documents from which on it is the one to take, where several graphs are for the same use
+    needs      what an installation must have to run it, out of NEEDS; a graph that needs nothing may stand beside it
     """
 
     file: str
@@ -53,6 +56,7 @@ class GraphEntry:
     opset: int = 0
     data: tuple[str, ...] = ()
     min_batch: int = 1
+    needs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.file, str) or not isinstance(self.data, (tuple, list)):
@@ -72,6 +76,7 @@ class GraphEntry:
                 f"graph {self.file!r}: min_batch is {self.min_batch!r}; expected a whole number from 1 on"
             )
         object.__setattr__(self, "data", tuple(self.data))
+        object.__setattr__(self, "needs", _needs(self.needs, self.file))
         allowed = {"role": ROLES, "engine": ENGINES, "dtype": DTYPES, "head": HEADS}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -98,6 +103,8 @@ class Manifest:
         for graph in value["graphs"]:
             if graph["min_batch"] == 1:  # said only where it says something: older readers do not know it
                 del graph["min_batch"]
+            if not graph["needs"]:
+                del graph["needs"]
         return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -151,7 +158,7 @@ def check_uses(graphs: Sequence[GraphEntry], where: Path) -> None:
     """Errors: FormatError, when two graphs are for one and the same use: which of them runs would be chance."""
     seen: dict[tuple[Any, ...], str] = {}
     for graph in graphs:
-        use = (graph.role, graph.engine, graph.dtype, graph.head, graph.min_batch)
+        use = (graph.role, graph.engine, graph.dtype, graph.head, graph.min_batch, graph.needs)
         if use in seen:
             raise FormatError(
                 f"{where} names two graphs, {seen[use]!r} and {graph.file!r}, for engine '{graph.engine}', {graph.dtype}, "
@@ -165,6 +172,17 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "files": dict, "graphs": list, "spec": dict, "made_by": dict, "source": dict, "model": (dict, type(None)),
     "verification": dict,
 }  # fmt: skip
+
+
+def _needs(needs: Any, file: str) -> tuple[str, ...]:
+    if not isinstance(needs, (tuple, list)) or not all(isinstance(name, str) for name in needs):
+        raise FormatError(f"graph {file!r}: needs is {needs!r}; expected a list of names")
+    if unknown := sorted(set(needs) - set(NEEDS)):
+        raise FormatError(
+            f"graph {file!r} needs {', '.join(unknown)}, which this rmt-trt {rmt_trt.__version__} does not know: the bundle "
+            f"was made by a newer rmt-trt. Update it: pip install --upgrade rmt-trt"
+        )
+    return tuple(sorted(set(needs)))
 
 
 def _known(value: Any, cls: Any, what: str) -> dict[str, Any]:

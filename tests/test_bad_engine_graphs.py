@@ -123,6 +123,11 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception], 
     ),
     "a graph twice": (lambda m: m["graphs"].append(m["graphs"][-1]), FormatError, "names two graphs, 'graphs/"),
     "the batch below": (of_cuda(lambda g: g.update(min_batch=0)), FormatError, "min_batch is 0; expected a whole number from 1 on"),
+    "a need of the future": (
+        of_cuda(lambda g: g.update(needs=["native", "tensor-cores"])), FormatError,
+        r"'graphs/.*onnx' needs tensor-cores, which this rmt-trt .* does not know: the bundle was made by a newer rmt-trt",
+    ),
+    "needs in one word": (of_cuda(lambda g: g.update(needs="native")), FormatError, "needs is 'native'; expected a list of names"),
 }  # fmt: skip
 
 

@@ -227,6 +227,21 @@ def test_an_added_file_is_named_hashed_and_found(plain: Path, tmp_path: Path) ->
         assert runtime.run([5, 6]).segments == 1
 
 
+def test_a_graph_that_needs_something_is_found_by_who_asks_for_it_alone(plain: Path) -> None:
+    entry = GraphEntry("graphs/fp16.onnx", engine="cuda", dtype="fp16")
+    native = replace(entry, file="graphs/native.onnx", needs=("native",))
+    step = plain / "step.onnx"
+    add_file(plain, native.file, step, native)
+    assert Bundle(plain).graph("cuda", "fp16") is None
+    opened = add_file(plain, entry.file, step, entry)
+    assert opened.graph("cuda", "fp16") == entry
+    assert opened.graph("cuda", "fp16", needs=("native",)) == native
+    stated = json.loads((plain / "manifest.json").read_text())["graphs"]
+    assert [graph.get("needs") for graph in stated if graph["engine"] == "cuda"] == [["native"], None]
+    with pytest.raises(FormatError, match=r"names two graphs, 'graphs/native\.onnx' and 'graphs/again\.onnx'"):
+        add_file(plain, "graphs/again.onnx", step, replace(native, file="graphs/again.onnx"))
+
+
 def test_four_writers_at_once_all_get_their_file_in(plain: Path, tmp_path: Path) -> None:
     def write(number: int) -> None:
         source = tmp_path / f"source{number}"
