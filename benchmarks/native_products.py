@@ -192,7 +192,7 @@ def product(machine: Machine, rows: int, k: int, n: int, kind: str, gelu: bool) 
     kinds = (FLOAT8 if low else FLOAT16, FLOAT8 if out_low else FLOAT16)
     model = _model(nodes, {"x": (kinds[0], (rows, k))}, {f"y{i}": (kinds[1], (rows, n)) for i in range(copies)},
                    [*weights, bias_tensor, inverse])  # fmt: skip
-    session = machine.session(model)
+    before, session = native.product_settings(), machine.session(model)
     dtype = torch.float8_e4m3fn if out_low else torch.float16
     outputs = {f"y{i}": (torch.zeros(rows, n, dtype=dtype, device="cuda"), kinds[1]) for i in range(copies)}
     torch.cuda.synchronize()
@@ -201,7 +201,9 @@ def product(machine: Machine, rows: int, k: int, n: int, kind: str, gelu: bool) 
     torch.cuda.synchronize()
     exact = x.float() @ base.cuda().float() * scale + bias.half().cuda().float()
     found = outputs["y0"][0].float() / (64 if out_low else 1)
-    result = {"microseconds": spent, "teraflops": 2 * rows * k * n / spent / 1e6}
+    result: dict[str, Any] = {"microseconds": spent, "teraflops": 2 * rows * k * n / spent / 1e6}
+    if out_low:
+        result["settings"] = _settings_since(before)
     if not gelu:
         return result | {"error_l2": _distance(found, exact)}
     functional = torch.nn.functional
@@ -267,6 +269,11 @@ def _model(nodes: Any, inputs: Any, outputs: Any, weights: Any) -> bytes:
     opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
     made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     return made
+
+
+def _settings_since(before: Mapping[str, int]) -> str:
+    """How products were asked of cuBLASLt since then."""
+    return ", ".join(name for name, count in native.product_settings().items() if count > before[name])
 
 
 def _distance(found: Any, exact: Any) -> float:

@@ -15,7 +15,10 @@ enum { /* cublasLtMatmulDescAttributes_t */
     DESC_TRANSA = 3,
     DESC_EPILOGUE = 7,
     DESC_BIAS_POINTER = 8,
+    DESC_A_SCALE_POINTER = 17,
+    DESC_B_SCALE_POINTER = 18,
     DESC_D_SCALE_POINTER = 20,
+    DESC_AMAX_D_POINTER = 21,
     DESC_FAST_ACCUM = 25,
     DESC_BIAS_DATA_TYPE = 26
 };
@@ -60,6 +63,7 @@ typedef struct {
     int (*DeviceGetAttribute)(int *, int attribute, int device);
     int (*MemAlloc)(uint64_t *, size_t);
     int (*MemFree)(uint64_t);
+    int (*MemsetD32Async)(uint64_t, unsigned, size_t, void *stream);
     int (*StreamIsCapturing)(void *, int *);
     int (*StreamSynchronize)(void *);
     int (*EventCreate)(void **, unsigned);

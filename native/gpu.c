@@ -16,22 +16,46 @@
 enum { WORKSPACE = 32 << 20 }; /* what NVIDIA advises for Hopper */
 enum { CANDIDATES = 16, TRIALS = 5 };
 
+/* How a product is asked for. With out = FP8, cuBLASLt wants C to have the bias's type and not to be out, and says nowhere
+ * whether it may be missing: what a first run finds to work is kept. The last one always does. */
+typedef enum {
+    SAME,     /* C is out, which has its type */
+    NO_C,     /* none, as beta is 0 */
+    OTHER_C,  /* another address */
+    SCALED,   /* none; scales of all operands, and a place for the largest value */
+    APART,    /* the product in the bias's type, rounded by our own kernel */
+    SETTINGS
+} Setting;
+
 typedef struct Plan Plan;
 struct Plan {
     Product product;
+    Setting setting;
     void *desc, *x, *weight, *c, *out;
     LtAlgo algo;
+    uint64_t wide; /* what APART writes first */
     Plan *next;
+};
+
+typedef struct Scratch Scratch;
+struct Scratch {
+    uint64_t at;
+    size_t bytes;
+    Scratch *next;
 };
 
 struct Lane {
     void *context, *stream, *handle;
-    uint64_t workspace;
+    uint64_t workspace; /* and behind it a 1 in float32, and room for one more */
+    Scratch *scratch;   /* the largest first; captured graphs may still use the others */
     void *module, *quantize[2], *norm[2]; /* of float16 and bfloat16 */
     Plan *plans;
+    Setting setting; /* of products to FP8 that was found to work; SAME before the first */
     int users;
     Lane *next;
 };
+
+static int64_t taken[SETTINGS]; /* plans by their setting */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Lane *lanes;
@@ -94,6 +118,7 @@ static int libraries(char *why) {
         {&driver.DeviceGetAttribute, "cuDeviceGetAttribute"},
         {&driver.MemAlloc, "cuMemAlloc_v2"},
         {&driver.MemFree, "cuMemFree_v2"},
+        {&driver.MemsetD32Async, "cuMemsetD32Async"},
         {&driver.StreamIsCapturing, "cuStreamIsCapturing"},
         {&driver.StreamSynchronize, "cuStreamSynchronize"},
         {&driver.EventCreate, "cuEventCreate"},
@@ -133,8 +158,11 @@ static int entered(Lane **held, void *stream, char *why) {
         if (!lane) return fail(why, "no host memory", 0);
         lane->context = context;
         lane->stream = stream;
-        if ((code = lt.Create(&lane->handle)) || (code = driver.MemAlloc(&lane->workspace, WORKSPACE))) {
+        unsigned one = 0x3f800000;
+        if ((code = lt.Create(&lane->handle)) || (code = driver.MemAlloc(&lane->workspace, WORKSPACE + 256)) ||
+            (code = driver.MemsetD32Async(lane->workspace + WORKSPACE, one, 1, stream))) {
             if (lane->handle) lt.Destroy(lane->handle);
+            if (lane->workspace) driver.MemFree(lane->workspace);
             free(lane);
             return fail(why, "cuBLASLt or its working memory of 32 MiB could not be had", code);
         }
@@ -148,11 +176,18 @@ static int entered(Lane **held, void *stream, char *why) {
     return 0;
 }
 
-static void dropped(Plan *plan) {
+static void undescribed(Plan *plan) {
     if (plan->desc) lt.MatmulDescDestroy(plan->desc);
-    void *layouts[] = {plan->x, plan->weight, plan->c, plan->out};
-    for (int i = 0; i < 4; i++)
-        if (layouts[i]) lt.MatrixLayoutDestroy(layouts[i]);
+    void **layouts[] = {&plan->x, &plan->weight, &plan->c, &plan->out};
+    for (int i = 0; i < 4; i++) {
+        if (*layouts[i]) lt.MatrixLayoutDestroy(*layouts[i]);
+        *layouts[i] = NULL;
+    }
+    plan->desc = NULL;
+}
+
+static void dropped(Plan *plan) {
+    undescribed(plan);
     free(plan);
 }
 
@@ -174,6 +209,11 @@ void gpu_release(Lane *lane) {
             }
             lt.Destroy(lane->handle);
             driver.MemFree(lane->workspace);
+            for (Scratch *scratch = lane->scratch, *next; scratch; scratch = next) {
+                next = scratch->next;
+                driver.MemFree(scratch->at);
+                free(scratch);
+            }
             if (lane->module) driver.ModuleUnload(lane->module);
             void *popped;
             driver.CtxPopCurrent(&popped);
@@ -193,8 +233,9 @@ static int data_type(int type) {
 }
 
 /* cuBLASLt counts columns first: what it is given is out' (n, m) = weight' (n, k) x' (k, m). */
-static int described(Plan *plan, const Operands *at, char *why) {
+static int described(Lane *lane, Plan *plan, const Operands *at, char *why) {
     const Product *p = &plan->product;
+    int out = plan->setting == APART ? p->half : p->out;
     int type = data_type(p->type), half = data_type(p->half), turned = p->transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     int epilogue = p->gelu ? EPILOGUE_GELU_BIAS : EPILOGUE_BIAS;
     signed char fast = (signed char)p->fast;
@@ -205,21 +246,28 @@ static int described(Plan *plan, const Operands *at, char *why) {
     if (!code && p->type == ORT_FLOAT8)
         code = lt.MatmulDescSetAttribute(plan->desc, DESC_FAST_ACCUM, &fast, sizeof fast);
     if (!code) code = lt.MatmulDescSetAttribute(plan->desc, DESC_BIAS_POINTER, &at->bias, sizeof at->bias);
-    if (!code && at->out_scale)
+    if (!code && out == ORT_FLOAT8)
         code = lt.MatmulDescSetAttribute(plan->desc, DESC_D_SCALE_POINTER, &at->out_scale, sizeof at->out_scale);
+    if (plan->setting == SCALED) {
+        uint64_t one = lane->workspace + WORKSPACE, largest = one + sizeof(float);
+        if (!code) code = lt.MatmulDescSetAttribute(plan->desc, DESC_A_SCALE_POINTER, &one, sizeof one);
+        if (!code) code = lt.MatmulDescSetAttribute(plan->desc, DESC_B_SCALE_POINTER, &one, sizeof one);
+        if (!code) code = lt.MatmulDescSetAttribute(plan->desc, DESC_AMAX_D_POINTER, &largest, sizeof largest);
+    }
     if (!code && p->transposed) code = lt.MatrixLayoutCreate(&plan->weight, type, p->k, p->n, p->k);
     if (!code && !p->transposed) code = lt.MatrixLayoutCreate(&plan->weight, type, p->n, p->k, p->n);
     if (!code) code = lt.MatrixLayoutCreate(&plan->x, type, p->k, p->m, p->k);
     if (!code) code = lt.MatrixLayoutCreate(&plan->c, half, p->n, p->m, p->n);
-    if (!code) code = lt.MatrixLayoutCreate(&plan->out, data_type(p->out), p->n, p->m, p->n);
+    if (!code) code = lt.MatrixLayoutCreate(&plan->out, data_type(out), p->n, p->m, p->n);
     return code ? fail(why, "cuBLASLt refuses the description of a product", code) : 0;
 }
 
 static int multiplied(Lane *lane, Plan *plan, const Operands *at, const LtAlgo *algo) {
     float beta = 0.0f;
-    return lt.Matmul(lane->handle, plan->desc, &plan->product.scale, at->weight, plan->weight, at->x, plan->x, &beta,
-                     at->out, plan->c, at->out, plan->out, algo, (void *)(uintptr_t)lane->workspace, WORKSPACE,
-                     lane->stream);
+    void *out = plan->setting == APART ? (void *)(uintptr_t)plan->wide : at->out;
+    const void *c = plan->setting == SAME || plan->setting == APART ? out : plan->setting == OTHER_C ? at->x : NULL;
+    return lt.Matmul(lane->handle, plan->desc, &plan->product.scale, at->weight, plan->weight, at->x, plan->x, &beta, c,
+                     plan->c, out, plan->out, algo, (void *)(uintptr_t)lane->workspace, WORKSPACE, lane->stream);
 }
 
 /* Milliseconds of a few products by this algorithm, or a number below 0 where it fails. */
@@ -272,39 +320,6 @@ static int same(const Product *a, const Product *b) {
            a->k == b->k;
 }
 
-static Plan *planned(Lane *lane, const Product *product, const Operands *at, char *why) {
-    for (Plan *plan = lane->plans; plan; plan = plan->next)
-        if (same(&plan->product, product)) return plan;
-    Plan *plan = calloc(1, sizeof *plan);
-    if (!plan) {
-        fail(why, "no host memory", 0);
-        return NULL;
-    }
-    plan->product = *product;
-    if (described(plan, at, why) || chosen(lane, plan, at, why)) {
-        dropped(plan);
-        return NULL;
-    }
-    plan->next = lane->plans;
-    return lane->plans = plan;
-}
-
-int gpu_product(Lane **held, void *stream, const Product *product, const Operands *at, char *why) {
-    pthread_mutex_lock(&lock);
-    int code = entered(held, stream, why);
-    Plan *plan = code ? NULL : planned(*held, product, at, why);
-    if (plan) {
-        plan->product.scale = product->scale;
-        code = lt.MatmulDescSetAttribute(plan->desc, DESC_BIAS_POINTER, &at->bias, sizeof at->bias);
-        if (!code && at->out_scale)
-            code = lt.MatmulDescSetAttribute(plan->desc, DESC_D_SCALE_POINTER, &at->out_scale, sizeof at->out_scale);
-        if (!code) code = multiplied(*held, plan, at, &plan->algo);
-        if (code) fail(why, "cuBLASLt failed in a product", code);
-    }
-    pthread_mutex_unlock(&lock);
-    return plan && !code ? 0 : -1;
-}
-
 static int compiled(Lane *lane, char *why) {
     if (lane->module) return 0;
     if (capturing(lane->stream)) return fail(why, "the first run of a session is captured; run it once before", 0);
@@ -352,16 +367,109 @@ static int compiled(Lane *lane, char *why) {
     return fail(why, "NVRTC or the driver refuses the kernels", code);
 }
 
+/* out[i] = E4M3(in[i] * inverse), or by the number at `by` where it is given. */
+static int rounding(Lane *lane, int type, const void *in, void *out, int64_t count, float inverse, const float *by) {
+    long long number = count;
+    void *arguments[] = {&in, &out, &number, &inverse, &by};
+    unsigned blocks = (unsigned)((count + 16 * 256 - 1) / (16 * 256));
+    return driver.LaunchKernel(lane->quantize[type == ORT_BFLOAT16], blocks, 1, 1, 256, 1, 1, 0, lane->stream, arguments,
+                               NULL);
+}
+
+/* Room for `bytes` on the device, for as long as the lane is there. */
+static int reserved(Lane *lane, size_t bytes, uint64_t *at, char *why) {
+    if (!lane->scratch || lane->scratch->bytes < bytes) {
+        if (capturing(lane->stream)) return fail(why, "the first run with a shape is captured; run it once before", 0);
+        Scratch *made = calloc(1, sizeof *made);
+        int code = made ? driver.MemAlloc(&made->at, bytes) : -1;
+        if (code) {
+            free(made);
+            return fail(why, "no memory for a product whose result is rounded apart", code);
+        }
+        made->bytes = bytes;
+        made->next = lane->scratch;
+        lane->scratch = made;
+    }
+    *at = lane->scratch->at;
+    return 0;
+}
+
+/* Describes a product in one of its settings, chooses its algorithm, and starts it where that may be refused. */
+static int tried(Lane *lane, Plan *plan, const Operands *at, char *why) {
+    size_t wide = sizeof(uint16_t) * (size_t)(plan->product.m * plan->product.n);
+    if (plan->setting == APART && (compiled(lane, why) || reserved(lane, wide, &plan->wide, why))) return -1;
+    if (described(lane, plan, at, why) || chosen(lane, plan, at, why)) return -1;
+    if (plan->setting == SAME || capturing(lane->stream)) return 0;
+    int code = multiplied(lane, plan, at, &plan->algo);
+    return code ? fail(why, "cuBLASLt refuses a product to FP8", code) : 0;
+}
+
+static Plan *planned(Lane *lane, const Product *product, const Operands *at, char *why) {
+    for (Plan *plan = lane->plans; plan; plan = plan->next)
+        if (same(&plan->product, product)) return plan;
+    int rounds = product->out == ORT_FLOAT8;
+    if (rounds && !lane->setting && capturing(lane->stream)) {
+        fail(why, "the first run of a session is captured; run it once before", 0);
+        return NULL;
+    }
+    Plan *plan = calloc(1, sizeof *plan);
+    if (!plan) {
+        fail(why, "no host memory", 0);
+        return NULL;
+    }
+    plan->product = *product;
+    Setting last = rounds ? APART : SAME;
+    plan->setting = !rounds ? SAME : lane->setting ? lane->setting : NO_C;
+    while (tried(lane, plan, at, why)) {
+        undescribed(plan);
+        if (plan->setting == last) {
+            free(plan);
+            return NULL;
+        }
+        plan->setting++;
+    }
+    /* The next ones start where this one succeeded. */
+    if (rounds && plan->setting != APART) lane->setting = plan->setting;
+    taken[plan->setting]++;
+    plan->next = lane->plans;
+    return lane->plans = plan;
+}
+
+/* The last step of APART. */
+static int narrowed(Lane *lane, const Plan *plan, const Operands *at) {
+    const Product *p = &plan->product;
+    return rounding(lane, p->half, (const void *)(uintptr_t)plan->wide, at->out, p->m * p->n, 1.0f, at->out_scale);
+}
+
+int gpu_product(Lane **held, void *stream, const Product *product, const Operands *at, char *why) {
+    pthread_mutex_lock(&lock);
+    int code = entered(held, stream, why);
+    Plan *plan = code ? NULL : planned(*held, product, at, why);
+    if (plan) {
+        plan->product.scale = product->scale;
+        code = lt.MatmulDescSetAttribute(plan->desc, DESC_BIAS_POINTER, &at->bias, sizeof at->bias);
+        if (!code && at->out_scale && plan->setting != APART)
+            code = lt.MatmulDescSetAttribute(plan->desc, DESC_D_SCALE_POINTER, &at->out_scale, sizeof at->out_scale);
+        if (!code) code = multiplied(*held, plan, at, &plan->algo);
+        if (!code && plan->setting == APART) code = narrowed(*held, plan, at);
+        if (code) fail(why, "cuBLASLt failed in a product", code);
+    }
+    pthread_mutex_unlock(&lock);
+    return plan && !code ? 0 : -1;
+}
+
+__attribute__((visibility("default"))) void rmt_product_settings(int64_t counts[SETTINGS]) {
+    pthread_mutex_lock(&lock);
+    memcpy(counts, taken, sizeof taken);
+    pthread_mutex_unlock(&lock);
+}
+
 int gpu_quantize(Lane **held, void *stream, int type, const void *in, void *out, int64_t count, float inverse, char *why) {
     pthread_mutex_lock(&lock);
     int code = entered(held, stream, why);
     if (!code) code = compiled(*held, why);
     if (!code && count) {
-        long long number = count;
-        void *arguments[] = {&in, &out, &number, &inverse};
-        unsigned blocks = (unsigned)((count + 16 * 256 - 1) / (16 * 256));
-        code = driver.LaunchKernel((*held)->quantize[type == ORT_BFLOAT16], blocks, 1, 1, 256, 1, 1, 0, stream, arguments,
-                                   NULL);
+        code = rounding(*held, type, in, out, count, inverse, NULL);
         if (code) fail(why, "the driver did not start the kernel 'quantize'", code);
     }
     pthread_mutex_unlock(&lock);

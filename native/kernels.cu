@@ -52,9 +52,10 @@ static __device__ uint2 round8(const float *values, float inverse) {
     return make_uint2(words[0], words[1]);
 }
 
-// out[i] = E4M3(in[i] * inverse), 16 values a thread.
+// out[i] = E4M3(in[i] * inverse), or by the number at `by` where it is given; 16 values a thread.
 template <typename Half>
-static __device__ void quantize(const Bits *in, unsigned char *out, long long count, float inverse) {
+static __device__ void quantize(const Bits *in, unsigned char *out, long long count, float inverse, const float *by) {
+    if (by) inverse = *by;
     long long start = 16 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
     if (start + 16 <= count) {
         float values[16];
@@ -116,8 +117,9 @@ static __device__ void skip_layer_norm(const Bits *in, const Bits *skip, const B
 }
 
 #define KERNELS(name, Half)                                                                                            \
-    extern "C" __global__ void quantize_##name(const Bits *in, unsigned char *out, long long count, float inverse) {   \
-        quantize<Half>(in, out, count, inverse);                                                                       \
+    extern "C" __global__ void quantize_##name(const Bits *in, unsigned char *out, long long count, float inverse,     \
+                                               const float *by) {                                                      \
+        quantize<Half>(in, out, count, inverse, by);                                                                   \
     }                                                                                                                  \
     extern "C" __global__ void skip_layer_norm_##name(const Bits *in, const Bits *skip, const Bits *gamma,             \
                                                       const Bits *beta, Bits *out, unsigned char *rounded, int width,  \
