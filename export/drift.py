@@ -49,6 +49,7 @@ class Trend:
     rate      doublings of the error with each doubling of the segments; noise: how far it may be off
     segments  how many were gone through; first: the first one that the line rests on
     level     the error on the line after the last segment; 0 where the last octave has none
+    largest   in the octaves that the line rests on: medians say nothing of single segments
     crossing  segments after which the line crosses the tolerance, upwards where it grows, downwards where it dies out;
               earliest: at the fastest rate within the noise. None where it does not within 1,024 times the segments
     """
@@ -59,6 +60,7 @@ class Trend:
     rate: float | None = None
     noise: float | None = None
     level: float | None = None
+    largest: float | None = None
     tolerance: float | None = None
     crossing: float | None = None
     earliest: float | None = None
@@ -70,17 +72,16 @@ class Trend:
             return "is not finite"
         if self.kind == "too few to say":
             return f"cannot be judged: {self.segments:,} segments are too few to say what becomes of it"
-        if self.rate is None or self.noise is None or self.level is None:
+        if self.rate is None or self.level is None or self.largest is None:
             return self.kind
         if self.level == 0:
             return f"{self.kind}: none after {self.segments:,} segments"
         factor = f"times {2**self.rate:.2f} with each doubling of the segments"
-        if self.kind == "saturates":
-            return f"saturates: {self.level:.1e} after {self.segments:,} segments, {factor}"
-        return f"{self.kind}: {factor}, {self.level:.1e} after {self.segments:,}{self._outlook()}"
+        after = f"{self.level:.1e} after {self.segments:,} segments, {self.largest:.1e} in the worst"
+        return f"{self.kind}: {factor}, {after}{self._outlook()}"
 
     def _outlook(self) -> str:
-        if self.tolerance is None or self.level is None:
+        if self.tolerance is None or self.level is None or self.kind == "saturates":
             return ""
         beyond = self.level > self.tolerance
         if beyond != (self.kind == "dies out"):
@@ -118,15 +119,16 @@ def judge(levels: Sequence[Level], tolerance: float | None = None) -> Trend:
     if len(used) < FEWEST:
         return Trend("too few to say", segments, tolerance=tolerance)
     rate, noise, end = _line(used, segments)
+    largest = max(one.largest for one in used)
     if used[-1].median <= FLOOR:
         ended: Kind = "dies out" if any(one.median > FLOOR for one in levels) else "saturates"
-        return Trend(ended, segments, used[0].first, rate, noise, 0.0, tolerance)
+        return Trend(ended, segments, used[0].first, rate, noise, 0.0, largest, tolerance)
     kind = _kind(rate, noise)
     crossing = earliest = None
     if kind in ("grows", "dies out"):
         crossing = _crossing(segments, end, rate, tolerance)
         earliest = _crossing(segments, end, rate + math.copysign(noise, rate), tolerance)
-    return Trend(kind, segments, used[0].first, rate, noise, float(2**end), tolerance, crossing, earliest)
+    return Trend(kind, segments, used[0].first, rate, noise, float(2**end), largest, tolerance, crossing, earliest)
 
 
 def _kind(rate: float, noise: float) -> Kind:

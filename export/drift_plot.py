@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from rmt_trt.export.drift_report import Report
 from rmt_trt.files import atomic_file
 
 DPI = 120
+WIDE = 120  # characters of a line of the legend
 MARKS = {"memory": "o-", "logits": "s--"}
 
 
@@ -56,8 +58,9 @@ def _errors(axes: Any, report: Report, of: Literal["memory", "logits"], color: s
     axes.plot([row.segment for row in report.rows], [_positive(getattr(row, of)) for row in report.rows],
               MARKS[of][1:], color=color, alpha=0.25, linewidth=0.8)  # fmt: skip
     levels = [octave.level(of) for octave in report.octaves]
+    label = textwrap.fill(f"{report.engine} {report.dtype}, {of} {report.trend(of).words}", WIDE)
     axes.plot([(one.first + one.last) / 2 for one in levels], [_positive(one.median) for one in levels], MARKS[of],
-              color=color, markersize=4, label=f"{report.engine} {report.dtype}, {of} {report.trend(of).words}")  # fmt: skip
+              color=color, markersize=4, label=label)  # fmt: skip
 
 
 def _answers(axes: Any, report: Report, color: str) -> None:
