@@ -1,21 +1,25 @@
 """Where the project's own operators for ONNX Runtime are: a shared library that is built when the package is installed.
 
 It gives the CUDA provider products with bias and GELU in their epilogue, and products in FP8, by cuBLASLt. Its sources are
-in `native/`; without a C compiler the package installs without it.
+in `native/`; without a C compiler the package installs without it. Graphs of a bundle that have such operators say so
+(`needs`), and who lacks the library runs the graphs beside them.
 """
 
 from __future__ import annotations
 
-import ctypes
+import os
 from importlib.util import find_spec
 from typing import Any
 
-from rmt_trt.errors import EngineError
+from rmt_trt.errors import ContractError, EngineError
 
 DOMAIN = "rmt_trt"  # of the operators in a graph
-# How products are asked of cuBLASLt, in the order of `Setting` in native/gpu.c. Those to FP8 take the first of the others
-# that it accepts.
-SETTINGS = ("plain", "no C", "C elsewhere", "all scales", "rounded apart")
+NEED = "native"  # what a manifest calls it
+SWITCH = "RMT_NATIVE"  # 0 leaves the operators out, for comparisons
+INSTALL = (
+    "their library was not built when rmt-trt was installed: it takes a C compiler. Install one (gcc), then rmt-trt again: "
+    "pip install --force-reinstall --no-deps --no-binary rmt-trt rmt-trt"
+)
 
 
 def library() -> str | None:
@@ -24,26 +28,22 @@ def library() -> str | None:
     return None if spec is None else spec.origin
 
 
+def unused() -> str | None:
+    """Why graphs with the operators are not taken here, or None. Errors: ContractError, for a switch that is neither."""
+    switch = os.environ.get(SWITCH, "")
+    if switch not in ("", "0", "1"):
+        raise ContractError(f"{SWITCH} is {switch!r:.80}; expected 0, which leaves rmt-trt's own operators out, or 1")
+    if switch == "0":
+        return f"{SWITCH}=0 leaves them out"
+    return INSTALL if library() is None else None
+
+
 def register(options: Any) -> None:
     """Makes the operators known to sessions of these onnxruntime.SessionOptions. Errors: EngineError."""
     path = library()
     if path is None:
-        raise EngineError(
-            "these graphs use rmt-trt's own operators, and their library was not built when rmt-trt was installed: it takes "
-            "a C compiler. Install one (gcc), then rmt-trt again: pip install --force-reinstall --no-deps --no-binary "
-            "rmt-trt rmt-trt. Or export the graphs without --native"
-        )
+        raise EngineError(f"these graphs use rmt-trt's own operators, and {INSTALL}")
     try:
         options.register_custom_ops_library(path)
     except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
         raise EngineError(f"ONNX Runtime does not take rmt-trt's own operators in {path}: {err}") from err
-
-
-def product_settings() -> dict[str, int]:
-    """How many products of one kind and shape this process has planned in each of `SETTINGS`; {} without the library."""
-    path = library()
-    if path is None:
-        return {}
-    counts = (ctypes.c_int64 * len(SETTINGS))()
-    ctypes.CDLL(path).rmt_product_settings(counts)
-    return dict(zip(SETTINGS, counts, strict=True))

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from rmt_trt.runtime import cuda
+from rmt_trt.runtime import cuda, native
 from rmt_trt.runtime.engines import cuda as engine
 
 
@@ -133,10 +133,12 @@ class Session:
     threads  that have run it: a real one keeps its captured graphs for each
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ours: bool = False) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
+        if ours:
+            native.register(options)
         self._inner = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._graphs: dict[str, Binding] = {}
         self.threads: set[int] = set()
@@ -175,6 +177,6 @@ def host_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "Gpu", HostGpu)
         patch.setattr(cuda, "refusal", lambda index: None)
-        patch.setattr(engine, "open_session", lambda path, gpu: Session(path))
+        patch.setattr(engine, "open_session", lambda path, gpu, ours: Session(path, ours))
         patch.setattr(onnxruntime, "get_available_providers", lambda: [engine.PROVIDER])
         yield

@@ -1,5 +1,7 @@
 """ONNX Runtime's CUDA provider: the recurrence wholly on the GPU, replayed from captured CUDA graphs.
 
+Where rmt-trt's own operators are installed (`rmt_trt.runtime.native`), graphs that need them are taken before others.
+
 A graph of the bundle is a session; on each bucket (`rmt_trt.runtime.buckets`) a session has two bindings, from memory A
 to B and from B to A, captured once each. So a segment costs one small copy of tokens and one replay, and the host
 waits only where logits or states are asked for.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,17 +21,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from rmt_trt.bundle import Bundle
+from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.contract import QUANTIZED, SEGMENT, Answer, Head
 from rmt_trt.errors import EngineError, require
-from rmt_trt.runtime import cuda, device_rows
+from rmt_trt.runtime import cuda, device_rows, native
 from rmt_trt.runtime.buckets import Bucket, Replay, States, new_bucket
 from rmt_trt.runtime.cuda import one_line
+from rmt_trt.runtime.products import products_refusal
 from rmt_trt.runtime.signature import check_signature
 from rmt_trt.runtime.worker import on_worker
 
 if TYPE_CHECKING:
     from rmt_trt.runtime.source import Source
+
+log = logging.getLogger("rmt_trt")
 
 NAME = "cuda"
 PROVIDER = "CUDAExecutionProvider"
@@ -50,6 +56,8 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
     if source.bundle is None:
         return "it runs a bundle's graphs for CUDA; export one with rmt-export MODEL --engine cuda"
     if _dtype(source.bundle, dtype) is None:
+        if missing := _missing(source.bundle, dtype):
+            return missing
         made = sorted({graph.dtype for graph in source.bundle.manifest.graphs if graph.engine == NAME})
         have = f"it has them in {', '.join(made)}" if made else "it has none"
         command = "rmt-calibrate" if dtype in QUANTIZED else "rmt-export"
@@ -57,6 +65,9 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
             f"the bundle has no graphs for CUDA{f' in {dtype}' if dtype else ''} ({have}). Add them: {command} "
             f"{source.path} --engine cuda --dtype {dtype or 'fp16'}"
         )
+    chosen = graphs_of(source.bundle, _dtype(source.bundle, dtype))
+    if not chosen:
+        return native.refusal()
     try:
         ort = require("onnxruntime", "gpu", "an NVIDIA GPU")
     except EngineError as err:
@@ -71,7 +82,10 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
             f"the installed onnxruntime {ort.__version__} has no CUDA provider. Install the other build of it: "
             f"pip uninstall onnxruntime; pip install 'rmt-trt[gpu]'"
         )
-    return cuda.refusal(device)
+    reason = cuda.refusal(device)
+    if reason is not None or not chosen[0].needs:
+        return reason
+    return products_refusal(chosen[0].dtype, machine.capability(device))
 
 
 def open_engine(source: Source, dtype: str | None, device: int, threads: int | None) -> CudaEngine:
@@ -84,9 +98,32 @@ def open_engine(source: Source, dtype: str | None, device: int, threads: int | N
     return CudaEngine(source.bundle, chosen, device)
 
 
+def graphs_of(bundle: Bundle, dtype: str | None) -> list[GraphEntry]:
+    """The graphs that this installation runs: those that need our own operators where it has these, else the others."""
+    made = [graph for graph in bundle.manifest.graphs if graph.engine == NAME and graph.dtype == dtype]
+    with_own = [graph for graph in made if graph.needs] if native.library() is not None else []
+    return with_own or [graph for graph in made if not graph.needs]
+
+
 def _dtype(bundle: Bundle, dtype: str | None) -> str | None:
-    made = {graph.dtype for graph in bundle.manifest.graphs if graph.engine == NAME}
+    made = {graph.dtype for graph in _runnable(bundle)}
     return next((name for name in (DTYPES if dtype is None else (dtype,)) if name in made), None)
+
+
+def _runnable(bundle: Bundle) -> list[GraphEntry]:
+    """The graphs for CUDA, without those whose operators are not here."""
+    left_out = native.unused() is not None
+    return [g for g in bundle.manifest.graphs if g.engine == NAME and not (left_out and native.NEED in g.needs)]
+
+
+def _missing(bundle: Bundle, dtype: str | None) -> str | None:
+    """What keeps back graphs that are there, or None where there are none of the dtype."""
+    wanted = DTYPES if dtype is None else (dtype,)
+    kept = [g.dtype for g in bundle.manifest.graphs if g.engine == NAME and g.dtype in wanted]
+    reason = native.unused()
+    if not kept or reason is None:
+        return None
+    return f"its graphs for CUDA in {kept[0]} need rmt-trt's own operators, and {reason}"
 
 
 @dataclass(eq=False)
@@ -111,11 +148,10 @@ class CudaEngine:
     def __init__(self, bundle: Bundle, dtype: str, device: int) -> None:
         self.dtype = dtype
         self._bundle, self._spec = bundle, bundle.spec
-        self._graphs = {
-            (g.role, cast(Head, g.head), g.min_batch): g
-            for g in bundle.manifest.graphs
-            if g.engine == NAME and g.dtype == dtype
-        }
+        graphs = sorted((g for g in _runnable(bundle) if g.dtype == dtype), key=lambda g: native.NEED in g.needs)
+        # For one use a graph with operators of our own comes last, and stays.
+        self._graphs = {(g.role, cast(Head, g.head), g.min_batch): g for g in graphs}
+        log.info("engine 'cuda': %s", self.products)
         self._sessions: dict[Key, Any] = {}
         self._buckets: dict[int, Bucket] = {}
         self._captures = 0
@@ -125,6 +161,15 @@ class CudaEngine:
         except BaseException:
             self._worker.shutdown()
             raise
+
+    @property
+    def products(self) -> str:
+        """Whose products its graphs have, in words."""
+        if any(native.NEED in graph.needs for graph in self._graphs.values()):
+            return f"native products, from {native.library()}"
+        if not any(native.NEED in g.needs and g.dtype == self.dtype for g in self._bundle.manifest.graphs):
+            return "ONNX Runtime's products; the bundle has no native ones"
+        return f"ONNX Runtime's products; the bundle's native ones are not used: {native.unused()}"
 
     @on_worker
     def _open(self, device: int) -> None:
@@ -232,18 +277,21 @@ class CudaEngine:
                     outputs[value.name] = (self._gpu.allocate(4 * math.prod(shape)), shape)
             bindings = (self._bind(session, bucket, 0, outputs), self._bind(session, bucket, 1, outputs))
             replay = GraphReplay(session, bindings, (self._options(), self._options()), outputs)
-            self._warm(replay)
+            self._warm(replay, native.NEED in self._graphs[key].needs)
             bucket.replays[key] = replay
         return replay
 
-    def _warm(self, replay: Replay) -> None:
-        """Runs and captures both directions. A and B are nobody's state: those are copied in before a run."""
+    def _warm(self, replay: Replay, ours: bool) -> None:
+        """Runs and captures both directions. A and B are nobody's state: those are copied in before a run.
+
+        ONNX Runtime runs a graph once before it captures it: there our own operators choose their algorithms."""
         try:
             for side in (0, 1):
                 replay.run(side)
             self._gpu.wait()
         except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
-            raise EngineError(f"ONNX Runtime cannot capture the step on this GPU: {one_line(err)}") from err
+            more = f". Without rmt-trt's own operators: set {native.SWITCH}=0" if ours else ""
+            raise EngineError(f"ONNX Runtime cannot capture the step on this GPU: {one_line(err)}{more}") from err
 
     def _bind(self, session: Any, bucket: Bucket, side: int, outputs: dict[str, tuple[Any, tuple[int, ...]]]) -> Any:
         binding = session.io_binding()
@@ -270,14 +318,15 @@ class CudaEngine:
 
     def _session(self, key: Key) -> Any:
         if key not in self._sessions:
-            path = self._bundle.graph_path(self._graphs[key])
-            self._sessions[key] = open_session(path, self._gpu)
+            graph = self._graphs[key]
+            path = self._bundle.graph_path(graph)
+            self._sessions[key] = open_session(path, self._gpu, native.NEED in graph.needs)
             check_signature(self._sessions[key], self._spec, path, key[1])
         return self._sessions[key]
 
 
-def open_session(path: Path, gpu: cuda.Gpu) -> Any:
-    """A session whose nodes all run on the GPU, on our stream, captured as CUDA graphs.
+def open_session(path: Path, gpu: cuda.Gpu, ours: bool = False) -> Any:
+    """A session whose nodes all run on the GPU, on our stream, captured as CUDA graphs. ours: some are rmt-trt's own.
 
     Errors: EngineError, with ONNX Runtime's own words.
     """
@@ -291,6 +340,8 @@ def open_session(path: Path, gpu: cuda.Gpu) -> Any:
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     # Fused Q/DQ is made of nodes for integers on the CPU. Unfused, tensors are rounded on the GPU and multiplied in float.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if ours:
+        native.register(options)
     provider = {
         "device_id": str(gpu.index),
         "user_compute_stream": str(int(gpu.stream.handle)),
