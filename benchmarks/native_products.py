@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import itertools
 import json
@@ -29,6 +30,9 @@ from rmt_trt.errors import require
 from rmt_trt.runtime import native
 
 PARTS = ("products", "step")
+# How products are asked of cuBLASLt, in the order of `Setting` in native/gpu.c. Those to FP8 take the first of the others
+# that it accepts.
+SETTINGS = ("plain", "no C", "C elsewhere", "all scales", "rounded apart")
 WIDTH, INNER = 768, 3072
 ROWS = (512, 16384)
 PRODUCTS = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, INNER), "down": (INNER, WIDTH)}
@@ -192,7 +196,7 @@ def product(machine: Machine, rows: int, k: int, n: int, kind: str, gelu: bool) 
     kinds = (FLOAT8 if low else FLOAT16, FLOAT8 if out_low else FLOAT16)
     model = _model(nodes, {"x": (kinds[0], (rows, k))}, {f"y{i}": (kinds[1], (rows, n)) for i in range(copies)},
                    [*weights, bias_tensor, inverse])  # fmt: skip
-    before, session = native.product_settings(), machine.session(model)
+    before, session = product_settings(), machine.session(model)
     dtype = torch.float8_e4m3fn if out_low else torch.float16
     outputs = {f"y{i}": (torch.zeros(rows, n, dtype=dtype, device="cuda"), kinds[1]) for i in range(copies)}
     torch.cuda.synchronize()
@@ -271,9 +275,16 @@ def _model(nodes: Any, inputs: Any, outputs: Any, weights: Any) -> bytes:
     return made
 
 
+def product_settings() -> dict[str, int]:
+    """How many products of one kind and shape this process has planned in each of SETTINGS."""
+    counts = (ctypes.c_int64 * len(SETTINGS))()
+    ctypes.CDLL(str(native.library())).rmt_product_settings(counts)
+    return dict(zip(SETTINGS, counts, strict=True))
+
+
 def _settings_since(before: Mapping[str, int]) -> str:
     """How products were asked of cuBLASLt since then."""
-    return ", ".join(name for name, count in native.product_settings().items() if count > before[name])
+    return ", ".join(name for name, count in product_settings().items() if count > before[name])
 
 
 def _distance(found: Any, exact: Any) -> float:

@@ -9,16 +9,8 @@ from rmt_trt.contract import QUANTIZED
 from rmt_trt.engine_record import BUILT
 from rmt_trt.errors import ContractError
 from rmt_trt.runtime.engine_fit import dotted
+from rmt_trt.runtime.products import PRODUCTS
 
-# What a compute capability multiplies in 8 bits. From "Hardware and Precision" in the support matrices of TensorRT 8.5 and
-# 10.1, and of TensorRT-RTX 1.7; for 7.5, 8.0, 8.6, 8.9, 12.0 and 12.1 also by building a small BERT, GPT-2 and Llama step in
-# both dtypes with TensorRT-RTX 1.7.1. What is not listed is left to the builder.
-PRODUCTS: dict[int, tuple[str, ...]] = {
-    60: (), 61: ("int8",), 70: ("int8",), 72: ("int8",), 75: ("int8",),
-    80: ("int8",), 86: ("int8",), 87: ("int8",), 89: ("int8", "fp8"),
-    90: ("int8", "fp8"), 100: ("int8", "fp8"), 101: ("int8", "fp8"), 103: ("int8", "fp8"),
-    120: ("int8", "fp8"), 121: ("int8", "fp8"),
-}  # fmt: skip
 # TensorRT-RTX has no float32 products for 7.5: "FP32 GEMM is not supported", its compiler says.
 WITHOUT_FLOAT32 = {"tensorrt-rtx": (75,)}
 

@@ -10,10 +10,13 @@ import numpy as np
 
 from rmt_trt.contract import LOGITS, QUANTIZED, Answer, Head, StepSpec
 from rmt_trt.errors import EngineError, FormatError, require
+from rmt_trt.runtime import native
 from rmt_trt.runtime.loglik import reduced
 from rmt_trt.runtime.signature import check_signature
 
 if TYPE_CHECKING:
+    from rmt_trt.bundle import Bundle
+    from rmt_trt.manifest import GraphEntry
     from rmt_trt.runtime.source import Source
 
 NAME = "cpu"
@@ -36,7 +39,7 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
         return (
             f"a graph by itself is run as {DTYPES[0]}, or as it is quantized. Leave the dtype out, or open the bundle"
         )
-    if source.bundle is not None and source.bundle.graph(NAME, wanted) is None:
+    if source.bundle is not None and _graph(source.bundle, wanted) is None:
         command = "Export the model again with rmt-export"
         if wanted != DTYPES[0]:
             command = f"Add one with rmt-calibrate{'' if wanted == 'int8' else f' --dtype {wanted}'}"
@@ -51,17 +54,23 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
 def open_engine(source: Source, dtype: str | None, device: int, threads: int | None) -> CPUEngine:
     """Errors: EngineError or FormatError, when ONNX Runtime refuses the graph or it does not fit its spec."""
     if source.bundle is not None:
-        entry = source.bundle.graph(NAME, dtype or DTYPES[0])
+        entry = _graph(source.bundle, dtype or DTYPES[0])
         if entry is None:
             raise EngineError(f"{source.path} holds no {dtype} graph for the CPU engine")
         path = source.bundle.graph_path(entry)
-        session = open_session(path, threads)
+        session = open_session(path, threads, entry.needs)
     else:
         path = source.path
         # The session through which the spec was read took the default number of threads.
         session = source.session if source.session is not None and threads is None else open_session(path, threads)
     check_signature(session, source.spec, path)
     return CPUEngine(session, source.spec, dtype or DTYPES[0])
+
+
+def _graph(bundle: Bundle, dtype: str) -> GraphEntry | None:
+    """The graph that this installation runs."""
+    plain = bundle.graph(NAME, dtype)
+    return plain or (None if native.library() is None else bundle.graph(NAME, dtype, needs=(native.NEED,)))
 
 
 def library() -> Any:
@@ -77,24 +86,25 @@ def library() -> Any:
     return ort
 
 
-def open_session(path: Path, threads: int | None = None) -> Any:
-    """An ONNX Runtime session on the CPU. ONNX Runtime itself refuses external data outside the graph's folder.
+def open_session(path: Path, threads: int | None = None, needs: Sequence[str] = ()) -> Any:
+    """An ONNX Runtime session on the CPU. ONNX Runtime itself refuses external data outside the graph's folder. needs: as
+    a `GraphEntry` says.
 
     Errors: FormatError, with ONNX Runtime's own words.
     """
     if not path.is_file():
         raise FormatError(f"{path} is no file; expected an ONNX graph")
     try:
-        return _session(path, threads, {})
+        return _session(path, threads, {}, needs)
     except FormatError as err:
         if E4M3 not in str(err):
             raise
     # ONNX Runtime 1.31 makes products of E4M3 into a node for integers, which it then refuses. Unfused, they are rounded
     # to E4M3 and multiplied in float32.
-    return _session(path, threads, {"session.disable_quant_qdq": "1"})
+    return _session(path, threads, {"session.disable_quant_qdq": "1"}, needs)
 
 
-def _session(path: Path, threads: int | None, entries: dict[str, str]) -> Any:
+def _session(path: Path, threads: int | None, entries: dict[str, str], needs: Sequence[str]) -> Any:
     ort = library()
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
@@ -102,6 +112,8 @@ def _session(path: Path, threads: int | None, entries: dict[str, str]) -> Any:
         options.intra_op_num_threads = threads
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
+    if native.NEED in needs:
+        native.register(options)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
