@@ -5,14 +5,18 @@ All go forward together, segment by segment, so that memory does not grow with t
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from rmt_trt.bundle import Bundle
 from rmt_trt.calibration.documents import Source
+from rmt_trt.calibration.kept import keep, kept
 from rmt_trt.contract import PAD, StepSpec
 from rmt_trt.errors import ContractError, TokenError
 from rmt_trt.runtime.segments import Cut, cut
@@ -20,6 +24,8 @@ from rmt_trt.runtime.tokens import PIECE, Document
 
 States = tuple[np.ndarray, ...]
 Step = Callable[[States, np.ndarray], tuple[States, np.ndarray]]
+SAVE_SECONDS = 5.0
+WORK = "a measurement of drift"
 MOST_DOCUMENTS, MOST_SEGMENTS = 4096, 1 << 20
 
 
@@ -84,11 +90,17 @@ def beside(
     sources: Sequence[Source],
     through: Through = Through(),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    partial: Path | None = None,
+    key: str = "",
 ) -> tuple[Drifted, ...]:
     """Drives `exact` and each of `others`, each with states of its own, through the documents, as rows of one batch.
 
-    progress is called with (segments done, segments of the longest document). Errors: ContractError without documents,
-    TokenError for those that the model cannot read.
+    progress  called with (segments done, segments of the longest document)
+    partial   a file in which the work is kept as it goes on, and from which it goes on where it was stopped; it stays
+    key       what the steps are, which `partial` must be of
+
+    Errors: ContractError without documents, TokenError for those that the model cannot read, FormatError for a partial file
+    of other work.
     """
     rows = [_Row(source, bundle.spec, through.segments) for source in sources[: through.documents]]
     if not rows:
@@ -96,14 +108,23 @@ def beside(
     start = tuple(np.repeat(value[None], len(rows), axis=0) for value in bundle.initial())
     counts = np.array([row.segments for row in rows])
     longest = int(counts.max())
-    tallies = [_Tally(len(rows), longest) for _ in others]
-    reference, states = start, [start for _ in others]
-    for number, segment in enumerate(_batches(rows, bundle.spec, longest), 1):
-        reference, wanted = exact(reference, segment)
+    work = _Work(0, start, [start for _ in others], [_Tally(len(rows), longest) for _ in others])
+    key = json.dumps([key, bundle.spec.fingerprint, [row.about for row in rows], len(others)])
+    if partial is not None and partial.exists():
+        work.restore(kept(partial, key, WORK))
+    saved = time.monotonic()
+    for segment in _batches(rows, work.number, longest):
+        work.number += 1
+        work.reference, wanted = exact(work.reference, segment)
         for place, other in enumerate(others):
-            states[place], logits = other(states[place], segment)
-            tallies[place].count(number, counts, (reference, wanted), (states[place], logits), segment)
-        progress(number, longest)
+            work.states[place], logits = other(work.states[place], segment)
+            found = (work.states[place], logits)
+            work.tallies[place].count(work.number, counts, (work.reference, wanted), found, segment)
+        if partial is not None and (work.number == longest or time.monotonic() - saved >= SAVE_SECONDS):
+            keep(partial, key, work.arrays())
+            saved = time.monotonic()
+        progress(work.number, longest)
+    tallies = work.tallies
     return tuple(tally.result(counts) for tally in tallies)
 
 
@@ -118,15 +139,24 @@ class _Row:
             raise TokenError(f"{source.name} holds no tokens that the model reads; expected a document to measure with")
         self._plan: Cut = cut(tokens, spec.segment_length, spec.alignment)
         self.segments = min(most, self._plan.count(tokens))
+        self.about = (source.name, tokens, self.segments)
         self._reader = Document(source.open(), spec, source.name)
+
+    def skip(self, count: int) -> None:
+        """Goes to segment `count`."""
+        for number in range(min(count, self.segments)):
+            self._reader.skip(self._plan.size(number))
 
     def read(self, number: int) -> np.ndarray:
         """Segment `number`, from 0; nothing behind the last."""
         return self._reader.read(self._plan.size(number)) if number < self.segments else np.empty(0, np.int64)
 
 
-def _batches(rows: Sequence[_Row], spec: StepSpec, longest: int) -> Iterator[np.ndarray]:
-    for number in range(longest):
+def _batches(rows: Sequence[_Row], start: int, longest: int) -> Iterator[np.ndarray]:
+    """Segments from `start` on, each (rows, s)."""
+    for row in rows:
+        row.skip(start)
+    for number in range(start, longest):
         ids = [row.read(number) for row in rows]
         segment = np.full((len(rows), max(map(len, ids))), PAD, np.int64)
         for place, one in enumerate(ids):
@@ -167,6 +197,15 @@ class _Tally:
                 if number == counts[row]:
                     self._errors[-1, row] = errors
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that was counted, by name."""
+        return {"errors": self._errors, "counts": np.array([self._answers, self._changed, self._ends])}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes what `arrays` gave."""
+        self._errors = arrays["errors"]
+        self._answers, self._changed, self._ends = map(int, arrays["counts"])
+
     @staticmethod
     def _valid(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """(c,) as it is; of (s, v) the rows that no padding stands at."""
@@ -184,6 +223,34 @@ class _Tally:
     def _at(number: int, errors: np.ndarray) -> At:
         memory, logits = np.median(np.where(np.isfinite(errors), errors, np.inf), axis=0).tolist()
         return At(number, len(errors), memory, logits)
+
+
+@dataclass
+class _Work:
+    """Where the work stands: segments done, the states of each step, what was counted."""
+
+    number: int
+    reference: States
+    states: list[States]
+    tallies: list[_Tally]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        found = {"number": np.array(self.number)}
+        for place, states in enumerate([self.reference, *self.states]):
+            found |= {f"states.{place}.{number}": value for number, value in enumerate(states)}
+        for place, tally in enumerate(self.tallies):
+            found |= {f"tally.{place}.{name}": value for name, value in tally.arrays().items()}
+        return found
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self.number = int(arrays["number"])
+        count = len(self.reference)
+        self.reference, *self.states = (
+            tuple(arrays[f"states.{place}.{number}"] for number in range(count))
+            for place in range(len(self.states) + 1)
+        )
+        for place, tally in enumerate(self.tallies):
+            tally.restore({name: arrays[f"tally.{place}.{name}"] for name in ("errors", "counts")})
 
 
 def _relative(value: np.ndarray, wanted: np.ndarray) -> float:

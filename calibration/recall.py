@@ -68,10 +68,11 @@ def answered(
         for segments in questions.segments:
             case = Case(questions.task.name, segments, None, questions.count)
             asked = documents(questions.task, case, spec, SEEDS + questions.seed)
-            many = read_many(
-                runtime, asked, min(SLOTS, questions.count),
-                lambda tokens, done=before: progress(min(total, done + tokens // spec.segment_length), total),
-            )  # fmt: skip
+
+            def show(tokens: int, done: int = before) -> None:
+                progress(min(total, done + tokens // spec.segment_length), total)
+
+            many = read_many(runtime, asked, min(SLOTS, questions.count), show)
             right = sum(answer_of(spec, questions.task, out.logits) == asked[index].label for index, out in many)
             found.append(Answered(segments, right, questions.count))
             before += segments * questions.count

@@ -61,11 +61,13 @@ def choose_mix(
     options: MixOptions,
     progress: Progress = lambda stage, done, total: None,
     data: dict[str, Any] | None = None,
+    partial: Path | None = None,
 ) -> Chosen:
     """Measures the graph with all quantized; while the budget does not hold, measures the units' sensitivities and keeps the
     worst of them in float32, as few as hold it by a search whose every step measures the graph itself.
 
-    progress is called with (stage, done, total); stages are "sensitivity", "drift" and "recall".
+    progress is called with (stage, done, total); stages are "sensitivity", "drift" and "recall". partial: a file in which the
+    sensitivities are kept as they are measured, and from which they go on; removed at the end.
     Errors: VerificationError, when no mix meets the budget: it says how near they came; ContractError for a recall without
     questions; else as `static_graph` and `beside`.
     """
@@ -78,7 +80,7 @@ def choose_mix(
         found.append(
             sensitivity(
                 bundle, rescaled, kind, sources, options.through, options.grouping, rescale, options.threads,
-                lambda done, total: progress("sensitivity", done, total),
+                lambda done, total: progress("sensitivity", done, total), partial,
             )
         )  # fmt: skip
         return worst_first(found[0], logits=options.budget.min_recall is not None)
@@ -99,6 +101,8 @@ def choose_mix(
     kept, reached, tried = search(order, measure, options.budget)
     if options.always and not found:
         order()
+    if partial is not None:
+        partial.unlink(missing_ok=True)
     units = found[0] if found else ()
     mix = Mix(
         bundle.spec.fingerprint, kind.dtype, tuple(unit.name for unit in kept),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,12 +40,14 @@ def sensitivity(
     rescale: Rescale | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    partial: Path | None = None,
 ) -> tuple[UnitDrift, ...]:
     """Drives the step with each unit quantized alone, and with none, through the documents, all in one session.
 
     The products come first, in the graph's order, and embedding tables; then the ways of the memory, which are measured all the same though
     nothing quantizes them: what the step reads of each state, and what it writes into it, in one range each, the state's.
-    progress is called with (segments done, segments of the longest document). Errors: as `static_graph` and `beside`.
+    progress is called with (segments done, segments of the longest document); partial is as `beside` has it. Errors: as
+    `static_graph` and `beside`.
     """
     model, found = read_step(bundle)
     looked_up = table_units(tables(model)) if kind.tables else ()
@@ -52,8 +56,14 @@ def sensitivity(
     with tempfile.TemporaryDirectory(prefix="rmt-calibrate-") as folder:
         graph = switched(bundle, ranges, kind, units, Path(folder), rescale, threads)
     steps = [_with(graph, place) for place in range(len(units))]
-    drifted = beside(bundle, _with(graph, None), steps, sources, through or Through(), progress)
+    thresholds = {name: tensor.threshold for name, tensor in {**ranges.states, **ranges.tensors}.items()}
+    key = json.dumps([kind.weight, kind.activation, [unit.name for unit in units], thresholds, sorted(rescale or {})])
+    drifted = beside(bundle, _with(graph, None), steps, sources, through or Through(), progress, partial, _digest(key))
     return tuple(UnitDrift(unit, one) for unit, one in zip(units, drifted, strict=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _with(graph: Switched, place: int | None) -> Step:

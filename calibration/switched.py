@@ -166,7 +166,8 @@ def _either(onnx: Any, name: str, place: int, output: str, quantized: Sequence[A
 def _switch_states(onnx: Any, graph: Any, bundle: Bundle, ranges: Ranges, kind: Kind, units: Sequence[Unit]) -> None:
     """Puts a pair of Q and DQ behind a state's input, and one before its output, each with its switch."""
     by_input = {state.input: state for state in bundle.spec.states}
-    before, behind = [], []
+    before: list[Any] = []
+    behind: list[Any] = []
     for place, unit in enumerate(units):
         if not unit.way:
             continue

@@ -28,7 +28,7 @@ from rmt_trt.calibration import (
 )
 from rmt_trt.calibration import search as searching
 from rmt_trt.calibration.beside import At, Drifted, Through, beside
-from rmt_trt.calibration.mix import Budget, Mix, Reached, load_mix
+from rmt_trt.calibration.mix import Budget, Reached
 from rmt_trt.calibration.recall import Answered
 from rmt_trt.calibration.search import MixOptions, choose_mix, drift_of, keepable, search
 from rmt_trt.calibration.sensitivity import sensitivity
@@ -38,7 +38,7 @@ from rmt_trt.calibration.switched import switched
 from rmt_trt.calibration.tables import tables
 from rmt_trt.calibration.tapped import step_entry
 from rmt_trt.calibration.units import Unit, memory_units, table_units, units_of
-from rmt_trt.errors import ContractError, FormatError, VerificationError
+from rmt_trt.errors import FormatError, VerificationError
 from rmt_trt.export.verify import relative_error
 from rmt_trt.runtime.engines.cpu import open_session
 
@@ -112,6 +112,31 @@ def test_a_unit_drifts_as_the_deployed_graph_does_in_which_it_alone_is_quantized
     assert one.drifted.drift == pytest.approx(alone.drift, rel=1e-3)
     assert [at.segment for at in alone.along] == [1, 2, 4]
     assert alone.end.segment == 5
+
+
+def test_a_measurement_that_was_stopped_goes_on_to_the_same_figures(
+    bert: Bundle, ranges: Ranges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmt_trt.calibration.beside.SAVE_SECONDS", 0.0)
+    partial, seen = tmp_path / "partial.npz", []
+
+    def measure(stop: int, through: Through = THROUGH) -> Any:
+        def progress(done: int, total: int) -> None:
+            seen.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        return sensitivity(
+            bert, ranges, UINT8_INT8, SOURCES, through, "layers", threads=1, progress=progress, partial=partial
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(3)
+    again = measure(9)
+    assert seen == [1, 2, 3, 4, 5]
+    assert again == sensitivity(bert, ranges, UINT8_INT8, SOURCES, THROUGH, "layers", threads=1)
+    with pytest.raises(FormatError, match="is kept work of a measurement of drift with another model, other ranges"):
+        measure(9, Through(4, 2))
 
 
 def test_the_ways_of_the_memory_are_quantized_in_the_range_of_the_state(bert: Bundle, ranges: Ranges) -> None:
@@ -240,46 +265,6 @@ def test_a_mix_holds_its_budget_as_it_is_deployed_and_one_kept_less_does_not(ber
     smooth = choose_mix(bert, ranges, UINT8_INT8, SOURCES, replace(options, budget=Budget(1.0), smooth=0.5)).mix
     assert smooth.smooth == 0.5
     assert smooth.reached["drift"]["worst"] != whole
-
-
-MIX = Mix("f" * 64, "int8", ("a",), ("node_a",), 2, None, ({"unit": "a"},), {"max_drift": 0.1})
-BAD_MIXES: dict[str, tuple[Any, str]] = {
-    "another file": (lambda value: [1], r"holds no mix \(no"),
-    "newer": (lambda value: value | {"format_version": 9}, "has format version 9; this rmt-trt reads version 1"),
-    "cut": (lambda value: {k: v for k, v in value.items() if k != "products"}, "is damaged or was altered"),
-    "numbers": (lambda value: value | {"products": [1]}, "products holds 1"),
-    "alpha": (lambda value: value | {"smooth": 2}, "smooth is 2"),
-    "units": (lambda value: value | {"units": [[1, 2]]}, "is damaged or was altered"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_MIXES)
-def test_a_mix_is_read_back_and_a_damaged_one_refused(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "mix.json"
-    MIX.save(path)
-    assert load_mix(path) == MIX
-    alter, message = BAD_MIXES[name]
-    path.write_text(json.dumps(alter(json.loads(path.read_text()))))
-    with pytest.raises(FormatError, match=message):
-        load_mix(path)
-
-
-def test_a_mix_of_another_model_dtype_or_export_is_refused(bert: Bundle, tmp_path: Path) -> None:
-    known, mine = keepable(bert, UINT8_INT8), replace(MIX, fingerprint=bert.spec.fingerprint)
-    for mix, dtype, message in (
-        (MIX, "int8", "is a mix of a model with fingerprint 'ffffffffffff'"),
-        (mine, "fp8", "is a mix found for 'int8'; the evidence says nothing of fp8"),
-        (mine, "int8", "keeps 'node_a', which is no product of this bundle's step"),
-    ):
-        with pytest.raises(FormatError, match=message):
-            mix.require(bert.spec, dtype, known, tmp_path / "mix.json")
-
-
-@pytest.mark.parametrize("value", [float("nan"), 0.0, -0.1, 1.01, float("inf"), True])
-@pytest.mark.parametrize("name", ["max_drift", "min_recall"])
-def test_budgets_out_of_range_are_refused(name: str, value: float) -> None:
-    with pytest.raises(ContractError, match=rf"--{name.replace('_', '-')} is .*; expected a .*, above 0 and up to 1"):
-        Budget(**{name: value})
 
 
 def test_rescaling_follows_the_paper_and_goes_by_all_products_that_share_a_tensor(bert: Bundle, ranges: Ranges) -> None:

@@ -136,7 +136,7 @@ def calibrate(
             about |= more
         if found is None:
             found = _collect(opened, sources, options, about, out, resume, screen)
-        planned = mixing.plan(opened, found, (engine, dtype), want, sources, asked, about, out, screen)
+        planned = mixing.plan(opened, found, (engine, dtype), want, sources, asked, about, out, resume, screen)
     _add(bundle, engine, dtype, planned, half, verification, screen)
 
 
@@ -193,7 +193,7 @@ def _make_folder(path: Path) -> None:
     except OSError as err:
         raise cannot_write(path, err) from err
     check_folder(path, "the ranges go")
-    for name in (RANGES, PLOT, PARTIAL, mixing.MIX, mixing.PLOT):
+    for name in (RANGES, PLOT, PARTIAL, mixing.MIX, mixing.PLOT, mixing.PARTIAL):
         check_target(path / name)
 
 

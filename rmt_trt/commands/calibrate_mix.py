@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rmt_trt.calibration.sensitivity import UnitDrift
     from rmt_trt.training.tasks.task import Task
 
-MIX, PLOT = "mix.json", "sensitivity.png"
+MIX, PLOT, PARTIAL = "mix.json", "sensitivity.png", "sensitivity.npz"
 SHOWN = 12  # units in the table on the screen
 LABELS = {"sensitivity": "each unit quantized alone", "drift": "the mix beside fp32", "recall": "asking the mix"}
 
@@ -132,6 +132,7 @@ def plan(
     task: Task | None,
     about: dict[str, Any],
     out: Path,
+    resume: bool,
     screen: Console,
 ) -> Plan:
     """The mix that is asked for. use: engine and dtype. A measured one is written into `out`.
@@ -154,7 +155,9 @@ def plan(
         return _planned(bundle, ranges, mix.products, mix.smooth, mix.record())
     if not want.measures:
         return _planned(bundle, ranges, (), want.options.smooth, {})
-    chosen = _chosen(bundle, ranges, kind, want, sources, task, about, screen)
+    if not resume:
+        (out / PARTIAL).unlink(missing_ok=True)
+    chosen = _chosen(bundle, ranges, kind, want, sources, task, about, out, screen)
     _write(chosen, out, screen)
     return _planned(bundle, ranges, chosen.mix.products, chosen.mix.smooth, chosen.mix.record())
 
@@ -179,6 +182,7 @@ def _chosen(
     sources: Sequence[Source],
     task: Task | None,
     about: dict[str, Any],
+    out: Path,
     screen: Console,
 ) -> Chosen:
     from dataclasses import replace
@@ -198,9 +202,9 @@ def _chosen(
             bars.update(tasks[stage], completed=done, total=total)
 
         try:
-            return choose_mix(bundle, ranges, kind, sources, options, show, about)
+            return choose_mix(bundle, ranges, kind, sources, options, show, about, out / PARTIAL)
         except KeyboardInterrupt:
-            screen.print("interrupted; the ranges stand, and --ranges takes them")
+            screen.print("interrupted; the ranges stand. Go on with --resume, and --ranges beside the documents")
             raise SystemExit(130) from None
 
 
