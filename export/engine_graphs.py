@@ -40,6 +40,7 @@ ENGINE = "cuda"
 DTYPES = ("fp32", "fp16", "bf16")
 GRAPHS = "graphs"
 Progress = Callable[[str, int, int], None]
+Write = Callable[[Path], "EngineGraphs"]
 
 
 @dataclass(frozen=True)
@@ -139,26 +140,40 @@ def add_engine_graphs(
 
 
 def add_written(
-    bundle: Bundle, write: Callable[[Path], EngineGraphs], options: EngineOptions, progress: Progress
+    bundle: Bundle,
+    write: Write,
+    options: EngineOptions,
+    progress: Progress,
+    twin: Write | None = None,
+    model: nn.Module | None = None,
 ) -> EngineGraphs:
     """Adds graphs that `write` writes into a folder, their entries named as the files are, verified against the bundle's
-    own model where it gives one, else against its fp32 graph. Errors: as `add_engine_graphs`."""
-    step = None if bundle.manifest.model is None else model_from_bundle(bundle)
+    own model where it gives one, else against its fp32 graph.
+
+    twin   writes what the CPU engine runs in their place where this machine cannot run their own; None says that it runs
+           them as they are
+    model  the bundle's own, where it is at hand
+
+    Errors: as `add_engine_graphs`."""
+    step = model
+    if step is None and bundle.manifest.model is not None:
+        step = model_from_bundle(bundle)
 
     def named(folder: Path) -> EngineGraphs:
         made = write(folder)
         return replace(made, entries=tuple(map(_in_bundle, made.entries)))
 
-    return _added(bundle, named, lambda made, stage: made, _reference(bundle, step), options, progress)
+    return _added(bundle, named, lambda made, stage: made, _reference(bundle, step), options, progress, twin)
 
 
 def _added(
     bundle: Bundle,
-    write: Callable[[Path], EngineGraphs],
+    write: Write,
     check: Callable[[EngineGraphs, Path], EngineGraphs],
     reference: Reference | None,
     options: EngineOptions,
     progress: Progress,
+    twin: Write | None = None,
 ) -> EngineGraphs:
     """Writes graphs into a folder beside the bundle, checks and verifies them there, then adds them."""
     path = bundle.path
@@ -170,7 +185,7 @@ def _added(
             progress("graphs", 0, 1)
             made = write(stage / GRAPHS)
             progress("graphs", 1, 1)
-            made = _verify(bundle, check(made, stage), stage, reference, options, progress)
+            made = _verify(bundle, check(made, stage), stage, reference, options, progress, twin)
             _add(path, made, stage, bundle.spec.fingerprint)
     except OSError as err:
         raise cannot_write(path, err) from err
@@ -292,6 +307,7 @@ def _verify(
     reference: Reference | None,
     options: EngineOptions,
     progress: Progress,
+    twin: Write | None,
 ) -> EngineGraphs:
     """Runs the engine itself on the bundle as it is going to be, where this machine can."""
     if not options.segments:
@@ -303,12 +319,9 @@ def _verify(
         made = replace(made, unverified=reason.replace(str(stage), str(bundle.path)))
         if made.quantization is None:
             return made
-        # The same files, as the CPU provider computes them.
+        # The same files, as the CPU provider computes them, or what stands for them there.
         engine = "cpu"
-        made = replace(made, verified_on=engine)
-        _fill(
-            stage, bundle, replace(made, engine=engine, entries=tuple(replace(e, engine=engine) for e in made.entries))
-        )
+        made, stage = replace(made, verified_on=engine), _for_cpu(bundle, made, stage, twin)
     with RMTRuntime(stage, engine=engine, dtype=made.dtype) as runtime, contextlib.ExitStack() as stack:
         name = "PyTorch recurrence"
         if reference is None:
@@ -321,6 +334,17 @@ def _verify(
     if not options.accept_drift:
         report.require()
     return replace(made, report=report)
+
+
+def _for_cpu(bundle: Bundle, made: EngineGraphs, stage: Path, twin: Write | None) -> Path:
+    """The bundle with the new graphs, or their twins, as graphs for the CPU engine."""
+    entries = made.entries
+    if twin is not None:
+        stage = stage.with_name("twin.rmt")
+        (stage / GRAPHS).mkdir(parents=True)
+        entries = tuple(map(_in_bundle, twin(stage / GRAPHS).entries))
+    _fill(stage, bundle, replace(made, engine="cpu", entries=tuple(replace(e, engine="cpu") for e in entries)))
+    return stage
 
 
 def _fill(stage: Path, bundle: Bundle, made: EngineGraphs) -> None:

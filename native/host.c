@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* E4M3 (OCP 8-bit floating point, 1.0): 4 bits of exponent with bias 7, 3 of fraction, no infinity, 0x7f is NaN. */
 uint8_t to_e4m3(float value) {
@@ -27,41 +28,53 @@ float from_e4m3(uint8_t code) {
 static float gelu_tanh(float x) { return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x))); }
 
 static float *widened(const uint8_t *from, int64_t count) {
-    float *values = malloc(sizeof *values * (size_t)count);
-    for (int64_t i = 0; values && i < count; i++) values[i] = from_e4m3(from[i]);
+    float *values = malloc(sizeof *values * (size_t)count), table[256];
+    for (int i = 0; i < 256; i++) table[i] = from_e4m3((uint8_t)i);
+    for (int64_t i = 0; values && i < count; i++) values[i] = table[from[i]];
     return values;
 }
 
-static void row_product(const float *x, const float *weight, float *sums, int64_t n, int64_t k, int transposed) {
-    for (int64_t j = 0; j < n; j++) sums[j] = 0.0f;
-    if (transposed) {
-        for (int64_t j = 0; j < n; j++)
-            for (int64_t i = 0; i < k; i++) sums[j] += x[i] * weight[j * k + i];
-        return;
-    }
+/* (n, k) -> (k, n), so that the sums of a row lie side by side. */
+static float *turned(const float *from, int64_t n, int64_t k) {
+    float *values = malloc(sizeof *values * (size_t)(n * k));
+    for (int64_t j = 0; values && j < n; j++)
+        for (int64_t i = 0; i < k; i++) values[i * n + j] = from[j * k + i];
+    return values;
+}
+
+/* sums (ROWS, n) = x (ROWS, k) weight (k, n); several rows at once, as the weights have to come from memory. */
+enum { ROWS = 8 };
+static void rows_product(const float *x, const float *weight, float *restrict sums, int64_t rows, int64_t n, int64_t k) {
+    memset(sums, 0, sizeof *sums * (size_t)(rows * n));
     for (int64_t i = 0; i < k; i++)
-        for (int64_t j = 0; j < n; j++) sums[j] += x[i] * weight[i * n + j];
+        for (int64_t row = 0; row < rows; row++) {
+            float factor = x[row * k + i];
+            for (int64_t j = 0; j < n; j++) sums[row * n + j] += factor * weight[i * n + j];
+        }
 }
 
 int host_product(const float *x, const uint8_t *x8, const float *weight, const uint8_t *weight8, const float *bias,
                  float *out, uint8_t *out8, int64_t m, int64_t n, int64_t k, int transposed, int gelu, float scale,
                  float round) {
-    float *wide_x = x8 ? widened(x8, m * k) : NULL, *wide = weight8 ? widened(weight8, k * n) : NULL;
-    float *sums = malloc(sizeof *sums * (size_t)n);
+    float *wide_x = x8 ? widened(x8, m * k) : NULL, *wide = weight8 ? widened(weight8, k * n) : NULL, *flat = NULL;
+    float *sums = malloc(sizeof *sums * (size_t)(ROWS * n));
     int ready = sums && (!x8 || wide_x) && (!weight8 || wide);
-    for (int64_t row = 0; ready && row < m; row++) {
-        row_product((x8 ? wide_x : x) + row * k, weight8 ? wide : weight, sums, n, k, transposed);
-        for (int64_t j = 0; j < n; j++) {
-            float value = scale * sums[j] + bias[j];
+    if (ready && transposed) ready = (flat = turned(weight8 ? wide : weight, n, k)) != NULL;
+    for (int64_t start = 0; ready && start < m; start += ROWS) {
+        int64_t rows = m - start < ROWS ? m - start : ROWS;
+        rows_product((x8 ? wide_x : x) + start * k, flat ? flat : weight8 ? wide : weight, sums, rows, n, k);
+        for (int64_t i = 0; i < rows * n; i++) {
+            float value = scale * sums[i] + bias[i % n];
             if (gelu) value = gelu_tanh(value);
             if (out8)
-                out8[row * n + j] = to_e4m3(value * round);
+                out8[start * n + i] = to_e4m3(value * round);
             else
-                out[row * n + j] = value;
+                out[start * n + i] = value;
         }
     }
     free(wide_x);
     free(wide);
+    free(flat);
     free(sums);
     return ready ? 0 : -1;
 }

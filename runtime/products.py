@@ -13,10 +13,10 @@ PRODUCTS: dict[int, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def products_refusal(dtype: str, capability: int) -> str | None:
+def products_refusal(dtype: str | None, capability: int) -> str | None:
     """Why a GPU of this compute capability (89 is 8.9) runs no products of a quantized dtype, or None."""
-    known = PRODUCTS.get(capability, (dtype,))
-    if dtype in known or not any(dtype in listed for listed in PRODUCTS.values()):
+    known = PRODUCTS.get(capability)
+    if known is None or dtype in known or not any(dtype in listed for listed in PRODUCTS.values()):
         return None
     least = min(value for value, listed in PRODUCTS.items() if dtype in listed)
     return (

@@ -18,6 +18,7 @@ from rmt_trt.export.fused.layers import CannotFuse, backbone_of
 from rmt_trt.export.fused.native import Native
 from rmt_trt.initial_state import to_metadata
 from rmt_trt.model.step import RMTModel
+from rmt_trt.runtime.native import NEED
 
 __all__ = ["CannotFuse", "FusedGraphs", "Native", "fused_graphs"]
 
@@ -51,11 +52,13 @@ def fused_graphs(
     contract, states in float32.
     grouped  whether attention with rotary positions may be GroupQueryAttention, which the CUDA provider has for half
              precision only; None takes what fits the dtype
-    native   by which of rmt-trt's own operators, for an encoder; None is none
+    native   by which of rmt-trt's own operators, for an encoder; None is none. dtype "fp8" has thresholds in it, and is
+             float16 where it is not in FP8
 
     Errors: CannotFuse, when a backbone has something that no fused node knows.
     """
-    if dtype not in FLOATS:
+    half = "fp16" if dtype == "fp8" and native is not None and native.thresholds else dtype
+    if half not in FLOATS:
         raise ContractError(f"dtype is {dtype!r}; graphs with fused nodes are written in {', '.join(FLOATS)}")
     if any(state.dtype != "float32" for state in spec.states):
         raise CannotFuse("the step carries its memory in float16, and fused graphs carry it in float32")
@@ -63,7 +66,7 @@ def fused_graphs(
         raise CannotFuse(f"our own operators are written into encoders' graphs, and this is form '{spec.form}'")
     backbone = backbone_of(model)
     metadata = to_metadata(spec, {"memory": model.memory.detach().numpy()})
-    weights = Weights(folder / f"cuda-{dtype}.data", dtype)
+    weights = Weights(folder / f"cuda-{dtype}.data", half)
     # Rotary attention takes query and key apart by itself, whatever the batch.
     large = [] if backbone.rotary is not None else [("full", SEPARATE_FROM[spec.form])]
     written = []
@@ -77,7 +80,8 @@ def fused_graphs(
                     decoder_step(graph, model.config, spec, backbone, role, head, separate=min_batch > 1)
                 name = f"cuda-{dtype}-{role}-{head}{f'-from-{min_batch}' if min_batch > 1 else ''}.onnx"
                 graph.save(folder / name, metadata)
-                entry = GraphEntry(name, role, "cuda", dtype, head, OPSET, (weights.path.name,), min_batch)
+                needs = () if native is None else (NEED,)
+                entry = GraphEntry(name, role, "cuda", dtype, head, OPSET, (weights.path.name,), min_batch, needs)
                 written.append((entry, dict(graph.fused)))
     finally:
         weights.close()

@@ -24,7 +24,7 @@ import numpy as np
 from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.contract import QUANTIZED, SEGMENT, Answer, Head
 from rmt_trt.errors import EngineError, require
-from rmt_trt.runtime import cuda, device_rows, native
+from rmt_trt.runtime import cuda, device_rows, machine, native
 from rmt_trt.runtime.buckets import Bucket, Replay, States, new_bucket
 from rmt_trt.runtime.cuda import one_line
 from rmt_trt.runtime.products import products_refusal
@@ -65,9 +65,6 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
             f"the bundle has no graphs for CUDA{f' in {dtype}' if dtype else ''} ({have}). Add them: {command} "
             f"{source.path} --engine cuda --dtype {dtype or 'fp16'}"
         )
-    chosen = graphs_of(source.bundle, _dtype(source.bundle, dtype))
-    if not chosen:
-        return native.refusal()
     try:
         ort = require("onnxruntime", "gpu", "an NVIDIA GPU")
     except EngineError as err:
@@ -82,10 +79,7 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
             f"the installed onnxruntime {ort.__version__} has no CUDA provider. Install the other build of it: "
             f"pip uninstall onnxruntime; pip install 'rmt-trt[gpu]'"
         )
-    reason = cuda.refusal(device)
-    if reason is not None or not chosen[0].needs:
-        return reason
-    return products_refusal(chosen[0].dtype, machine.capability(device))
+    return cuda.refusal(device) or _lacks_products(source.bundle, _dtype(source.bundle, dtype), device)
 
 
 def open_engine(source: Source, dtype: str | None, device: int, threads: int | None) -> CudaEngine:
@@ -98,13 +92,6 @@ def open_engine(source: Source, dtype: str | None, device: int, threads: int | N
     return CudaEngine(source.bundle, chosen, device)
 
 
-def graphs_of(bundle: Bundle, dtype: str | None) -> list[GraphEntry]:
-    """The graphs that this installation runs: those that need our own operators where it has these, else the others."""
-    made = [graph for graph in bundle.manifest.graphs if graph.engine == NAME and graph.dtype == dtype]
-    with_own = [graph for graph in made if graph.needs] if native.library() is not None else []
-    return with_own or [graph for graph in made if not graph.needs]
-
-
 def _dtype(bundle: Bundle, dtype: str | None) -> str | None:
     made = {graph.dtype for graph in _runnable(bundle)}
     return next((name for name in (DTYPES if dtype is None else (dtype,)) if name in made), None)
@@ -114,6 +101,12 @@ def _runnable(bundle: Bundle) -> list[GraphEntry]:
     """The graphs for CUDA, without those whose operators are not here."""
     left_out = native.unused() is not None
     return [g for g in bundle.manifest.graphs if g.engine == NAME and not (left_out and native.NEED in g.needs)]
+
+
+def _lacks_products(bundle: Bundle, dtype: str | None, device: int) -> str | None:
+    """Why the GPU does not multiply as the graphs do, or None. Without our own operators they multiply in float."""
+    ours = any(native.NEED in graph.needs for graph in _runnable(bundle) if graph.dtype == dtype)
+    return products_refusal(dtype, machine.capability(device)) if ours and dtype in QUANTIZED else None
 
 
 def _missing(bundle: Bundle, dtype: str | None) -> str | None:
