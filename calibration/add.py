@@ -12,7 +12,7 @@ from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.calibration.dynamic import DTYPE as DYNAMIC
 from rmt_trt.calibration.dynamic import dynamic_graph
 from rmt_trt.calibration.ranges import Ranges
-from rmt_trt.calibration.static import FP8, INT8, UINT8_INT8, Rescale, static_graph
+from rmt_trt.calibration.static import FP8, INT8, UINT8_INT8, Kind, Rescale, static_graph
 from rmt_trt.calibration.weights import BITS, BLOCK, half_weights_graph, weights_graph
 from rmt_trt.errors import ContractError, FormatError
 
@@ -28,6 +28,7 @@ STATIC = {
     **{(engine, "int8"): INT8 for engine in ("cuda", "tensorrt", "tensorrt-rtx")},
     **{(engine, "fp8"): FP8 for engine in ("cuda", "tensorrt", "tensorrt-rtx")},
 }
+NATIVE = ("cuda", "fp8")  # by rmt-trt's own operators, where the model's backbone can be fused
 # ONNX Runtime multiplies these in float: tensors are rounded as they would be, and nothing gets faster.
 EMULATED = (("cpu", "fp8"), ("cuda", "int8"), ("cuda", "fp8"))
 
@@ -52,6 +53,8 @@ def add_static(
     progress       called with (stage, done, total); stages are "graphs" and "verify"
     record         what the manifest is to say of it in addition, as plain values
 
+    For "cuda" in "fp8" the graphs are fused ones that multiply in FP8 (`add_native`); where that cannot be, the record says
+    why, and the graph is one that rounds as they would, and multiplies in float.
     Where this machine cannot run the engine, the graph is verified on the CPU engine, and the record says so.
     Errors: ContractError for an engine or a dtype without static graphs, and as `static_graph`; VerificationError, when
     the answers differ.
@@ -74,10 +77,46 @@ def add_static(
         "rescaled": sorted(rescale or {}),
         **(record or {}),
     }
+    if (engine, dtype) == NATIVE:
+        reason = _not_native(kind, rescale)
+        if reason is None:
+            own = {name: value for name, value in about.items() if name != "emulated"}
+            try:
+                return _native(Bundle(bundle_path), ranges, keep, own, options, progress)
+            except _cannot_fuse() as err:
+                reason = str(err)
+        about |= {"emulated": f"{about['emulated']}: {reason}"}
     return _add(
         bundle_path, engine, dtype, about, options, progress,
         lambda bundle, path: static_graph(bundle, ranges, path, kind, keep, rescale),
     )  # fmt: skip
+
+
+def _not_native(kind: Kind, rescale: Rescale | None) -> str | None:
+    """Why the graph is not one of our own operators, whatever the model; or None."""
+    if rescale:
+        return "channels are rescaled, which only Q/DQ graphs do"
+    return None if kind.half else "what is not quantized is to stay float32, which only Q/DQ graphs do"
+
+
+def _native(
+    bundle: Bundle,
+    ranges: Ranges,
+    keep: Collection[str],
+    about: dict[str, Any],
+    options: EngineOptions | None,
+    progress: Progress,
+) -> EngineGraphs:
+    from rmt_trt.calibration.native import add_native
+    from rmt_trt.export.engine_graphs import EngineOptions
+
+    return add_native(bundle, ranges, keep, about, EngineOptions() if options is None else options, progress)
+
+
+def _cannot_fuse() -> type[Exception]:
+    from rmt_trt.export.fused import CannotFuse
+
+    return CannotFuse
 
 
 def add_without_data(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rmt_trt.contract import LOGITS, QUANTIZED, Answer, Head, StepSpec
+from rmt_trt.contract import LOGITS, PAD, QUANTIZED, SEGMENT, Answer, Head, StepSpec
 from rmt_trt.errors import EngineError, FormatError, require
 from rmt_trt.runtime import native
 from rmt_trt.runtime.loglik import reduced
@@ -134,6 +134,8 @@ class CPUEngine:
         self._session = session
         self._spec = spec
         self._states = [state.output for state in spec.states]
+        places = next(value.shape[1] for value in session.get_inputs() if value.name == SEGMENT)
+        self._places = places if isinstance(places, int) else None  # fused graphs take whole segments only
 
     def load(self, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
         return tuple(
@@ -156,6 +158,8 @@ class CPUEngine:
         if head == "none":
             return self._run(self._states, states, segment), None
         *new, logits = self._run([*self._states, LOGITS], states, segment)
+        if self._spec.logits == "lm":
+            logits = logits[:, : segment.shape[1]]
         return tuple(new), reduced(logits, segment, head, self._spec.logits)
 
     def steps(self, states: tuple[np.ndarray, ...], segments: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -164,6 +168,9 @@ class CPUEngine:
         return states
 
     def _run(self, outputs: list[str], states: tuple[np.ndarray, ...], segment: np.ndarray) -> tuple[np.ndarray, ...]:
+        length = segment.shape[1]
+        if self._places is not None and length < self._places:
+            segment = np.pad(segment, ((0, 0), (0, self._places - length)), constant_values=PAD)
         feeds = dict(zip(self._spec.inputs, (*states, segment), strict=True))
         try:
             return tuple(self._session.run(outputs, feeds))
