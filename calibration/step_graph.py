@@ -104,7 +104,7 @@ def drop_unused(graph: Any) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     read = {name for node in nodes for name in node.input} | outputs
-    kept = {tensor.name: tensor for tensor in reversed(graph.initializer) if tensor.name in read}.values()
-    kept = list(reversed(kept))
+    first = {tensor.name: tensor for tensor in reversed(graph.initializer) if tensor.name in read}
+    kept = list(reversed(first.values()))
     del graph.initializer[:]
     graph.initializer.extend(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from rmt_trt.bundle import Bundle
 from rmt_trt.contract import QUANTIZED
@@ -44,7 +45,7 @@ def check_products(engine: str, dtypes: Sequence[str], capabilities: Collection[
 
 def _has_float32(bundle: Bundle | None, engine: str, dtype: str) -> bool:
     """Whether a quantized graph that the bundle lists is recorded as float32 where it is not quantized."""
-    value = None if bundle is None else bundle.manifest.verification
+    value: Any = None if bundle is None else bundle.manifest.verification
     for key in ("engines", engine, dtype, "quantization", "rest"):
         value = value.get(key) if isinstance(value, dict) else None
     return value == "fp32"
