@@ -137,16 +137,16 @@ def _shown(value: Any) -> str:
 def product_cases(machine: Machine) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     for rows in ROWS:
         for name, (k, n) in PRODUCTS.items():
-            for kind in ("MatMul", "fp16", "fp16 8 candidates", "fp16 TN", "fp8", "fp8 8 candidates", "fp8 exact sums"):
+            for kind in ("MatMul", "fp16", "fp16 8 candidates", "fp8", "fp8 8 candidates", "fp8 exact sums"):
                 yield (
                     {"rows": rows, "product": name, "kind": kind, "gelu": name == "up"},
                     partial(product, machine, rows, k, n, kind, name == "up"),
                 )
-            kind = "fp8 to fp8"
-            yield (
-                {"rows": rows, "product": name, "kind": kind, "gelu": name == "up"},
-                partial(product, machine, rows, k, n, kind, name == "up"),
-            )
+            for kind in ("fp8 to fp8", "fp8 to fp8 8 candidates", "fp8 to fp8 exact sums"):
+                yield (
+                    {"rows": rows, "product": name, "kind": kind, "gelu": name == "up"},
+                    partial(product, machine, rows, k, n, kind, name == "up"),
+                )
         for op in ("Quantize", "SkipLayerNormalization", "SkipLayerNormQuantize"):
             yield {"rows": rows, "op": op}, partial(elementwise, machine, rows, op)
 
@@ -157,8 +157,7 @@ def product(machine: Machine, rows: int, k: int, n: int, kind: str, gelu: bool) 
     from onnx import helper, numpy_helper
 
     copies = 8 if rows < 4096 else 4
-    low, out_low = kind.startswith("fp8"), kind == "fp8 to fp8"
-    turned = low or kind == "fp16 TN"
+    low, out_low = kind.startswith("fp8"), kind.startswith("fp8 to fp8")
     torch.manual_seed(0)
     x, base = torch.randn(rows, k, device="cuda"), torch.randn(k, n) / k**0.5
     bias = torch.randn(n) / 4
@@ -171,16 +170,16 @@ def product(machine: Machine, rows: int, k: int, n: int, kind: str, gelu: bool) 
     attributes: dict[str, Any] = {
         "domain": native.DOMAIN,
         "activation": "gelu" if gelu else "none",
-        "transposed": int(turned),
+        "transposed": int(low),
     }
     if low:
-        attributes |= {"scale": scale, "fast": int(kind != "fp8 exact sums")}
+        attributes |= {"scale": scale, "fast": int("exact sums" not in kind)}
     if "candidates" in kind:
         attributes["candidates"] = 8
     inverse = numpy_helper.from_array(np.array([64], np.float32), "inverse")
     for number in range(copies):
         bits = base.view(torch.uint8 if low else torch.int16).roll(number, 0)
-        bits = (bits.T if turned else bits).contiguous()
+        bits = (bits.T if low else bits).contiguous()
         raw = bits.numpy().tobytes()
         weights.append(helper.make_tensor(f"w{number}", FLOAT8 if low else FLOAT16, bits.shape, raw, raw=True))
         if kind == "MatMul":
@@ -207,13 +206,13 @@ def product(machine: Machine, rows: int, k: int, n: int, kind: str, gelu: bool) 
     found = outputs["y0"][0].float() / (64 if out_low else 1)
     result: dict[str, Any] = {"microseconds": spent, "teraflops": 2 * rows * k * n / spent / 1e6}
     if out_low:
-        result["settings"] = _settings_since(before)
+        result["settings"] = settings_since(before)
     if not gelu:
-        return result | {"error_l2": _distance(found, exact)}
+        return result | {"error_l2": distance(found, exact)}
     functional = torch.nn.functional
     return result | {
-        "error_l2": _distance(found, functional.gelu(exact)),
-        "error_l2_of_tanh": _distance(found, functional.gelu(exact, approximate="tanh")),
+        "error_l2": distance(found, functional.gelu(exact)),
+        "error_l2_of_tanh": distance(found, functional.gelu(exact, approximate="tanh")),
     }
 
 
@@ -255,10 +254,10 @@ def elementwise(machine: Machine, rows: int, op: str) -> dict[str, Any]:
     exact = x.float()
     if op != "Quantize":
         exact = torch.nn.functional.layer_norm((x.float() + skip.float()), (WIDTH,), eps=1e-5) * 2 + 1
-        result["error_l2"] = _distance(half["y0"][0].float(), exact)
+        result["error_l2"] = distance(half["y0"][0].float(), exact)
     if "q0" in outputs:
         wanted = (exact * 100).clamp(-448, 448).to(torch.float8_e4m3fn).float()
-        result["error_of_fp8"] = _distance(low["q0"][0].float(), wanted)
+        result["error_of_fp8"] = distance(low["q0"][0].float(), wanted)
     return result
 
 
@@ -282,134 +281,13 @@ def product_settings() -> dict[str, int]:
     return dict(zip(SETTINGS, counts, strict=True))
 
 
-def _settings_since(before: Mapping[str, int]) -> str:
+def settings_since(before: Mapping[str, int]) -> str:
     """How products were asked of cuBLASLt since then."""
     return ", ".join(name for name, count in product_settings().items() if count > before[name])
 
 
-def _distance(found: Any, exact: Any) -> float:
+def distance(found: Any, exact: Any) -> float:
     return float((found - exact).norm() / exact.norm())
-
-
-# The whole step
-
-
-class Step:
-    """BERT-base with random weights, its fp32 step as reference, thresholds for FP8, and its graphs."""
-
-    def __init__(self, machine: Machine, folder: Path) -> None:
-        torch = machine.torch
-        from rmt_trt.benchmarks.presets import preset_config
-        from rmt_trt.export.fused.graph import Weights
-        from rmt_trt.export.fused.layers import backbone_of
-        from rmt_trt.model.step import build_model, model_spec
-
-        torch.manual_seed(0)
-        self.machine, self.folder = machine, folder
-        self.model = build_model(preset_config("bert-base")).eval()
-        self.spec = model_spec(self.model)
-        self.backbone = backbone_of(self.model)
-        self.weights = Weights(folder / "weights.data", "fp16")
-        self.memory = self.model.memory.detach()[None].clone()
-        self.segments = torch.randint(1000, 28000, (32, self.spec.segment_length))
-        self.thresholds: dict[str, float] = {}
-        self.exact = self._reference()
-        self._sessions: dict[Any, Any] = {}
-
-    def _reference(self) -> dict[int, Any]:
-        """The memory after 1 and after 16 steps over the same segment, of 32 documents, in fp32 without TF32."""
-        torch = self.machine.torch
-        import copy
-
-        model: Any = copy.deepcopy(self.model).cuda()
-        for number, layer in enumerate(model.backbone.bert.encoder.layer):
-            inputs = {"qkv": layer.attention.self.query, "out": layer.attention.output.dense,
-                      "up": layer.intermediate.dense, "down": layer.output.dense}  # fmt: skip
-            for name, module in inputs.items():
-                module.register_forward_pre_hook(self._seen(f"layer{number}.{name}"))
-        memory, found = self.memory.expand(32, -1, -1).cuda(), {}
-        with torch.no_grad():
-            for count in range(1, 17):
-                memory = model(memory, self.segments.cuda())[0]
-                if count in (1, 16):
-                    found[count] = memory.cpu()
-        return found
-
-    def _seen(self, name: str) -> Callable[[Any, Any], None]:
-        def hook(module: Any, arguments: Any) -> None:
-            self.thresholds[name] = max(self.thresholds.get(name, 0.0), float(arguments[0].abs().max()))
-
-        return hook
-
-    def measure(self, options: Any, separate: bool, batch: int) -> dict[str, Any]:
-        torch = self.machine.torch
-        key = (id(options), separate)
-        if key not in self._sessions:
-            self._sessions.clear()  # one at a time
-            self._sessions[key] = self._session(options, separate)
-        session = self._sessions[key]
-        shape = (batch, *self.memory.shape[1:])
-        sides = [torch.zeros(shape, device="cuda") for _ in range(2)]
-        tokens = self.segments[:batch].cuda()
-        state = self.spec.states[0]
-        torch.cuda.synchronize()
-        there, back = (
-            Bound(session, {state.input: (a, FLOAT), "segment": (tokens, INT64)}, {state.output: (b, FLOAT)})
-            for a, b in (sides, sides[::-1])
-        )
-        for bound in (there, back):
-            bound.run()
-        torch.cuda.synchronize()
-        errors = {}
-        sides[0].copy_(self.memory.expand(batch, -1, -1))
-        torch.cuda.synchronize()
-        for count in range(1, 17):
-            (there, back)[(count - 1) % 2].run()
-            if count in self.exact:
-                torch.cuda.synchronize()
-                errors[f"error_{count}"] = _distance(sides[count % 2].cpu(), self.exact[count][:batch])
-        turns = itertools.cycle((there, back))
-        spent = self.machine.microseconds(lambda: next(turns).run(), 200 if batch < 8 else 20, 5)
-        return {"milliseconds": spent / 1000, **errors}
-
-    def _session(self, options: Any, separate: bool) -> Any:
-        from rmt_trt.export.fused.encoder import encoder_step
-        from rmt_trt.export.fused.graph import Graph
-
-        graph = Graph(self.weights)
-        encoder_step(graph, self.model.config, self.spec, self.backbone, "full", "none", separate, options)
-        path = self.folder / "step.onnx"
-        graph.save(path, {})
-        self.weights.flush()
-        return self.machine.session(str(path))
-
-
-def step_cases(step: Step) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
-    from rmt_trt.export.fused.native import Native
-
-    low = step.thresholds
-    mlp = {name: value for name, value in low.items() if name.endswith((".up", ".down"))}
-    no = Native(qkv=False, out=False, up=False, down=False)
-    variants: list[tuple[str, Any, tuple[bool, ...]]] = [
-        ("today", None, (True, False)),
-        ("gelu", Native(qkv=False, out=False, down=False), (True, False)),
-        ("gelu, query", Native(out=False, down=False), (True,)),
-        ("all fp16", Native(), (True, False)),
-        ("all fp16, 8 candidates", Native(candidates=8), (True, False)),
-        ("fp8", Native(thresholds=low), (True,)),
-        ("fp8, 8 candidates", Native(thresholds=low, candidates=8), (True,)),
-        ("fp8, inner rounded apart", Native(thresholds=low, inner=False), (True,)),
-        ("fp8, gelu apart", Native(thresholds=low, tanh=False), (True,)),
-        ("fp8, norms apart", Native(thresholds=low, norm=False), (True,)),
-        ("fp8 mlp", Native(thresholds=mlp), (True, False)),
-        ("fp8 mlp, others by ORT", Native(no.qkv, no.out, no.up, no.down, thresholds=mlp), (True, False)),
-        ("fp8, exact sums", Native(thresholds=low, fast=False), (True,)),
-    ]
-    for name, options, ways in variants:
-        for separate in ways:
-            for batch in (1, 32) if separate else (1,):
-                labels = {"variant": name, "separate": separate, "batch": batch}
-                yield labels, partial(step.measure, options, separate, batch)
 
 
 def run_part(part: str, out: Path, seconds: float) -> None:
@@ -422,6 +300,8 @@ def run_part(part: str, out: Path, seconds: float) -> None:
         measured(machine, product_cases(machine), path)
         return
     with tempfile.TemporaryDirectory() as folder:
+        from rmt_trt.benchmarks.native_steps import Step, step_cases
+
         step = Step(machine, Path(folder))
         print(f"the model is ready, {machine.until - time.monotonic():.0f} s are left", flush=True)
         measured(machine, step_cases(step), path)

@@ -29,7 +29,9 @@ class Native:
     thresholds  what the inputs of products in FP8 are cut at, by product ("layer0.qkv", .out, .up, .down); a product
                 without one stays in the graph's dtype
     norm, inner a norm, and the MLP's first product, round their results for the product behind them
+    packed      query, key and value in FP8 are one product where nothing is masked, not three
     candidates  how many of cuBLASLt's algorithms are tried out for a product; 1 takes the first that it proposes
+    by_nodes    writes a product of the graph's dtype as the nodes of ONNX Runtime that it stands for
     """
 
     qkv: bool = True
@@ -40,8 +42,10 @@ class Native:
     thresholds: Mapping[str, float] | None = None
     norm: bool = True
     inner: bool = True
+    packed: bool = False
     candidates: int = 1
     fast: bool = True
+    by_nodes: bool = False
 
     def threshold(self, product: str) -> float | None:
         return None if self.thresholds is None else self.thresholds.get(product)
@@ -75,6 +79,9 @@ def linear(
     common = {"activation": "gelu" if gelu else "none", "candidates": native.candidates}
     if not isinstance(value, Rounded):
         weight = graph.weight(f"{name}.weight", matrix.weight)
+        if native.by_nodes:
+            out = graph.node("Add", graph.node("MatMul", value, weight), bias)
+            return graph.node("FastGelu", out, domain=MICROSOFT) if gelu else out
         return graph.node("Linear", value, weight, bias, domain=DOMAIN, fused="product+bias", **common)
     weight, step = _weight(graph, matrix, name)
     return graph.node(
@@ -160,7 +167,9 @@ def _attention(
 ) -> tuple[ir.Value, ir.Value | None]:  # fmt: skip
     """Attention and its last product, and the bias that is still to be added."""
     folded = False
-    if low is not None or (native.qkv and separate):
+    if low is not None and native.packed and lengths is None:
+        mixed = _packed_attention(graph, native, low, layer, backbone, name)
+    elif low is not None or (native.qkv and separate):
         parts = ((layer.query, "query"), (layer.key, "key"), (layer.value, "value"))
         inputs = [linear(graph, native, low or value, part, name(n)) for part, n in parts]
         mixed = graph.node(
@@ -180,17 +189,37 @@ def _attention(
     )
 
 
+def _packed_attention(
+    graph: Graph, native: Native, low: Rounded, layer: Layer, backbone: Backbone, name: Names
+) -> ir.Value:
+    """Attention over one product's rows, head by head query, key and value, as MultiHeadAttention takes them unmasked."""
+    heads, size = backbone.heads, backbone.head_size
+    parts = (layer.query, layer.key, layer.value)
+    weight = torch.stack([part.weight.detach().unflatten(1, (heads, size)) for part in parts], dim=2).flatten(1)
+    biases = [torch.zeros(heads * size) if part.bias is None else part.bias.detach() for part in parts]
+    bias = torch.stack([part.unflatten(0, (heads, size)) for part in biases], dim=1).flatten()
+    rows = linear(graph, native, low, Linear(weight, bias), name("qkv"), "bias.by_head")
+    rows = graph.node("Reshape", rows, graph.constant([0, 0, heads, 3, size]))
+    inputs = [rows]
+    if graph.dtype == "fp32":  # the CPU provider, which twins run on, takes them apart only
+        inputs = [
+            graph.node("Reshape", graph.slice(rows, i, i + 1, axis=3), graph.constant([0, 0, heads * size]))
+            for i in range(3)
+        ]
+    return graph.node("MultiHeadAttention", *inputs, domain=MICROSOFT, fused="attention", num_heads=heads)
+
+
 def _mlp(
     graph: Graph, native: Native, value: ir.Value, low: Rounded | None, layer: Layer, kind: str, name: Names
 ) -> tuple[ir.Value, ir.Value | None]:
     """Both products and the activation between them, and the bias that is still to be added."""
-    gelu = kind == TANH_GELU or (kind == EXACT_GELU and native.tanh)
+    gelu = layer.gate is None and (kind == TANH_GELU or (kind == EXACT_GELU and native.tanh))
     threshold = native.threshold(name("down"))
     given: ir.Value | Rounded
     if low is not None and gelu and threshold is not None and native.inner:
         given = linear_rounded(graph, native, low, layer.up, name("up"), threshold, gelu=True)
     else:
-        if low is not None or (native.up and gelu):
+        if (low is not None and layer.gate is None) or (native.up and gelu):
             inner = linear(graph, native, low or value, layer.up, name("up"), gelu=gelu)
             inner = inner if gelu else blocks.activation(graph, inner, kind)
         else:
