@@ -134,9 +134,10 @@ def _engine_bundle(
     say(f"{bundle}: making the graphs for engine {engine} in {', '.join(dtypes)}")
     bundle.parent.mkdir(parents=True, exist_ok=True)
     with new_bundle(bundle, overwrite=bundle.exists()) as folder:
-        entries = [
-            entry for dtype in dtypes for entry in fused_graphs(loaded.model, loaded.spec, dtype, folder).entries
-        ]
+        entries = []
+        for dtype in dtypes:
+            made = fused_graphs(loaded.model, loaded.spec, dtype, folder, beside=dtype != "fp32")
+            entries += [*made.entries, *made.native]
         values = {"memory": loaded.model.memory.detach().numpy()}
         (folder / INITIAL).write_bytes(initial_state.to_bytes(values, loaded.spec))
         config = loaded.model.config.to_json()

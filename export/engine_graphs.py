@@ -6,18 +6,19 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from rmt_trt.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, add_files
 from rmt_trt.errors import ContractError, EngineError, FormatError
+from rmt_trt.export.added import EngineGraphs, NativeGraphs, recorded
 from rmt_trt.export.fused import CannotFuse, fused_graphs
 from rmt_trt.export.graph_check import GraphCheck, check_graphs
+from rmt_trt.export.native_check import by_nodes, check_native
 from rmt_trt.export.plain import plain_graph
 from rmt_trt.export.recover import model_from_bundle
 from rmt_trt.export.verify import (
@@ -32,9 +33,11 @@ from rmt_trt.export.verify import (
 )
 from rmt_trt.files import cannot_write, checked_path, sha256, write_file
 from rmt_trt.model.step import DecoderStep, EncoderStep, fingerprint
-from rmt_trt.runtime import RMTRuntime
+from rmt_trt.runtime import RMTRuntime, native
 from rmt_trt.runtime.engines import refusal
 from rmt_trt.runtime.source import open_source
+
+__all__ = ["EngineGraphs", "EngineOptions", "add_engine_graphs", "add_written"]
 
 ENGINE = "cuda"
 DTYPES = ("fp32", "fp16", "bf16")
@@ -47,57 +50,22 @@ Write = Callable[[Path], "EngineGraphs"]
 class EngineOptions:
     """check_segments: how many every graph goes through on the CPU, one of them short; 0 leaves the check out.
     segments: how many the verification on the engine itself goes through; 0 leaves it out. tolerance: of that one;
-    None takes the table's. accept_drift adds graphs that breach it. plain: fuse nothing."""
+    None takes the table's. accept_drift adds graphs that breach it. plain: fuse nothing. native: beside fused graphs in
+    half precision, write graphs with rmt-trt's own operators where they are quicker."""
 
     check_segments: int = 8
     segments: int = 16
     tolerance: float | None = None
     accept_drift: bool = False
     plain: bool = False
+    native: bool = True
 
     def __post_init__(self) -> None:
         for count in (self.check_segments, self.segments):
             check_options(2 if count == 0 else count, self.tolerance)
-        for name in ("accept_drift", "plain"):
+        for name in ("accept_drift", "plain", "native"):
             if not isinstance(getattr(self, name), bool):
                 raise ContractError(f"{name} is {getattr(self, name)!r:.80}; expected True or False")
-
-
-@dataclass(frozen=True)
-class EngineGraphs:
-    """What was added. fused: how often a fused node stands in one step, by its kind; {} of plain graphs.
-
-    plain       why the graphs are plain ones, or None
-    check       the errors on the CPU provider, or None where it was left out or is not possible
-    report      the verification on the engine, or None
-    unverified  why there is none, or None
-    quantization  of quantized graphs: how, and which products were kept in float, as plain values; else None
-    verified_on   the engine that the report is of, where it is another: quantized graphs are verified on the CPU
-                  where the machine cannot run their own
-    """
-
-    engine: str
-    dtype: str
-    entries: tuple[GraphEntry, ...]
-    fused: dict[str, int]
-    plain: str | None = None
-    check: GraphCheck | None = None
-    report: Report | None = None
-    unverified: str | None = None
-    quantization: dict[str, Any] | None = None
-    verified_on: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """What the manifest records: `verification.engines.ENGINE.DTYPE`."""
-        return {
-            "fused": dict(sorted(self.fused.items())),
-            "plain": self.plain,
-            "check": None if self.check is None else self.check.to_json(),
-            "verification": None if self.report is None else summary(self.report),
-            "unverified": self.unverified,
-            **({} if self.quantization is None else {"quantization": self.quantization}),
-            **({} if self.verified_on is None else {"verified_on": self.verified_on}),
-        }
 
 
 def add_engine_graphs(
@@ -112,7 +80,7 @@ def add_engine_graphs(
 
     model     the float32 model, or the step of the user's own, that the bundle was exported from; None takes a
               published model out of the bundle itself
-    progress  called with (stage, done, total); stages are "graphs", "check" and "verify"
+    progress  called with (stage, done, total); stages are "graphs", "check", "native" and "verify"
 
     The graphs are checked on ONNX Runtime's CPU provider (fused half-precision ones by their float32 twins), and
     verified along the recurrence where this machine can run the engine; only then are they added, all or none.
@@ -131,7 +99,7 @@ def add_engine_graphs(
     def check(made: EngineGraphs, stage: Path) -> EngineGraphs:
         if not options.check_segments or reference is None:
             return made
-        return replace(made, check=_check(bundle, step, made, stage, reference, options, progress))
+        return _check(bundle, step, made, stage, reference, options, progress)
 
     def write(folder: Path) -> EngineGraphs:
         return _write(bundle, step, engine, dtype, folder, options)
@@ -192,18 +160,6 @@ def _added(
     return made
 
 
-def summary(report: Report) -> dict[str, Any]:
-    """What a manifest keeps of a verification."""
-    return {
-        "passed": report.passed,
-        "worst": report.to_json()["worst"],
-        "tolerance": report.tolerance,
-        **({} if report.needed is None else {"agreement": report.agreement, "needed": report.needed}),
-        "segments": report.segments,
-        "accepted_drift": not report.passed,
-    }
-
-
 def _step(bundle: Bundle, dtype: str, model: nn.Module | None) -> nn.Module | None:
     """The module to export, in float32, proved to be the bundle's; None where step.onnx itself is all that is needed."""
     if model is None:
@@ -238,8 +194,10 @@ def _write(
     reason = "asked for" if options.plain else "a step of the user's own"
     if isinstance(step, (EncoderStep, DecoderStep)) and not options.plain:
         try:
-            made = fused_graphs(step, bundle.spec, dtype, folder)
-            return EngineGraphs(engine, dtype, tuple(map(_in_bundle, made.entries)), made.fused)
+            made = fused_graphs(step, bundle.spec, dtype, folder, beside=options.native and dtype != "fp32")
+            entries = tuple(map(_in_bundle, (*made.entries, *made.native)))
+            own = NativeGraphs(made.native_fused) if made.native else None
+            return EngineGraphs(engine, dtype, entries, made.fused, native=own)
         except CannotFuse as err:
             reason = str(err)
     if dtype == "fp32" or step is None:
@@ -274,30 +232,40 @@ def _check(
     reference: Reference,
     options: EngineOptions,
     progress: Progress,
-) -> GraphCheck | None:
+) -> EngineGraphs:
     """Runs the graphs on the CPU provider: fused ones as fp32 twins, a plain fp16 one as it is. It has no bf16, and
     step.onnx was verified when it was exported."""
-    folder, entries = stage, made.entries
-    if made.plain is not None and made.dtype != "fp16":
-        return None
-    if made.plain is None and made.dtype != "fp32":
-        folder = stage.with_name("twins")
-        folder.mkdir()
-        assert isinstance(step, (EncoderStep, DecoderStep))  # nothing else was fused
-        # Rotary attention as in the graphs that are checked; the CPU provider has that node in fp32 too.
-        entries = fused_graphs(step, bundle.spec, "fp32", folder, grouped=True).entries
-    try:
+
+    def checked(entries: Sequence[GraphEntry], folder: Path) -> GraphCheck:
         return check_graphs(
             entries, folder, bundle.spec, bundle.initial(), reference, options.check_segments,
             TOLERANCES[entries[0].dtype], progress=lambda done, total: progress("check", done, total),
         )  # fmt: skip
-    except EngineError:
-        if made.plain is None:
-            raise
-        return None  # the CPU provider lacks a node in fp16: no fault of the graph
-    finally:
-        if folder != stage:
-            shutil.rmtree(folder, ignore_errors=True)
+
+    if made.plain is not None and made.dtype != "fp16":
+        return made
+    if made.plain is not None:
+        try:
+            return replace(made, check=checked(made.entries, stage))
+        except EngineError:
+            return made  # the CPU provider lacks a node in fp16: no fault of the graph
+    if made.dtype == "fp32":
+        return replace(made, check=checked(made.entries, stage))
+    assert isinstance(step, (EncoderStep, DecoderStep))  # nothing else was fused
+    with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
+        folder, nodes = Path(scratch), by_nodes(step, bundle.spec)
+        # Rotary attention as in the graphs that are checked; the CPU provider has that node in fp32 too.
+        twins = fused_graphs(
+            step, bundle.spec, "fp32", folder, grouped=True, beside=made.native is not None, by_nodes=nodes
+        )
+        made = replace(made, check=checked(twins.entries, folder))
+        if made.native is not None:
+            own = check_native(
+                twins.native, folder, step, bundle.spec, bundle.initial(), options.check_segments,
+                lambda done, total: progress("native", done, total),
+            )  # fmt: skip
+            made = replace(made, native=replace(made.native, check=own, by="nodes" if nodes else "operators"))
+    return made
 
 
 def _verify(
@@ -309,20 +277,45 @@ def _verify(
     progress: Progress,
     twin: Write | None,
 ) -> EngineGraphs:
-    """Runs the engine itself on the bundle as it is going to be, where this machine can."""
+    """Runs the engine itself on the bundle as it is going to be, where this machine can. Graphs with our own operators and
+    those beside them are verified apart: which ones run is decided where the bundle is opened."""
     if not options.segments:
-        return replace(made, unverified="left out")
+        return _unverified(made, "left out")
     _fill(stage, bundle, made)
-    engine, source = made.engine, open_source(stage)
-    reason = refusal(engine, source, made.dtype, 0)
+    engine = made.engine
+
+    def verified() -> Report:
+        return _verified(stage, engine, made.dtype, reference, options, progress)
+
+    reason = refusal(engine, open_source(stage), made.dtype, 0)
     if reason is not None:
-        made = replace(made, unverified=reason.replace(str(stage), str(bundle.path)))
+        made = _unverified(made, reason.replace(str(stage), str(bundle.path)))
         if made.quantization is None:
             return made
         # The same files, as the CPU provider computes them, or what stands for them there.
         engine = "cpu"
         made, stage = replace(made, verified_on=engine), _for_cpu(bundle, made, stage, twin)
-    with RMTRuntime(stage, engine=engine, dtype=made.dtype) as runtime, contextlib.ExitStack() as stack:
+        return replace(made, report=verified())
+    if made.native is None:
+        return replace(made, report=verified())
+    _fill(stage, bundle, replace(made, entries=tuple(entry for entry in made.entries if not entry.needs)))
+    made, reason = replace(made, report=verified()), native.unused()
+    if reason is not None:
+        return replace(made, native=replace(made.native, unverified=reason))
+    _fill(stage, bundle, made)
+    return replace(made, native=replace(made.native, report=verified()))
+
+
+def _unverified(made: EngineGraphs, reason: str) -> EngineGraphs:
+    own = None if made.native is None else replace(made.native, unverified=reason)
+    return replace(made, unverified=reason, native=own)
+
+
+def _verified(
+    stage: Path, engine: str, dtype: str, reference: Reference | None, options: EngineOptions, progress: Progress
+) -> Report:
+    """The engine's report. Errors: VerificationError, when it drifts and that is not accepted."""
+    with RMTRuntime(stage, engine=engine, dtype=dtype) as runtime, contextlib.ExitStack() as stack:
         name = "PyTorch recurrence"
         if reference is None:
             exact = stack.enter_context(RMTRuntime(stage, engine="cpu", dtype="fp32"))
@@ -333,7 +326,7 @@ def _verify(
         )  # fmt: skip
     if not options.accept_drift:
         report.require()
-    return replace(made, report=report)
+    return report
 
 
 def _for_cpu(bundle: Bundle, made: EngineGraphs, stage: Path, twin: Write | None) -> Path:
@@ -385,12 +378,3 @@ def _add(path: Path, made: EngineGraphs, stage: Path, fingerprint: str) -> None:
         fingerprint=fingerprint,
         verification=lambda old: recorded(old, made.engine, made.dtype, made.to_json()),
     )
-
-
-def recorded(verification: Mapping[str, Any], engine: str, dtype: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's `verification` with the record of an engine and dtype in it."""
-    engines = verification.get("engines")
-    engines = dict(engines) if isinstance(engines, dict) else {}
-    before = engines.get(engine)
-    engines[engine] = {**(before if isinstance(before, dict) else {}), dtype: dict(record)}
-    return {**verification, "engines": engines}

@@ -16,6 +16,7 @@ from rmt_trt.bundle import GraphEntry
 from rmt_trt.contract import PAD, SEGMENT, StepSpec
 from rmt_trt.errors import EngineError, VerificationError
 from rmt_trt.export.verify import Reference, random_document, relative_error, token_scores
+from rmt_trt.runtime import native
 from rmt_trt.runtime.engines.cpu import ERRORS_ONLY, library
 from rmt_trt.runtime.segments import cut
 
@@ -69,7 +70,7 @@ def check_graphs(
     total = len(entries) * segments
     worst: dict[str, float] = {}
     for number, entry in enumerate(entries):
-        session = _session(folder / entry.file)
+        session = _session(folder / entry.file, native.NEED in entry.needs)
         error, done = 0.0, number * segments
         for index, found in enumerate(_run(session, entry, spec, initial, documents[entry.role])):
             error = max(error, found) if np.isfinite(found) else float("inf")
@@ -86,13 +87,16 @@ def check_graphs(
     return GraphCheck(entries[0].dtype, segments, tolerance, worst)
 
 
-def _session(path: Path) -> Any:
+def _session(path: Path, ours: bool) -> Any:
     """A session that runs the nodes as they were written. ONNX Runtime 1.31's layout optimisation for the CPU ends the
-    process on some half-precision graphs, and what it would make of them is not what is checked."""
+    process on some half-precision graphs, and what it would make of them is not what is checked. ours: some nodes are
+    rmt-trt's own."""
     ort = library()
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if ours:
+        native.register(options)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as err:  # ONNX Runtime's exceptions share no base class of their own

@@ -298,7 +298,7 @@ def test_of_several_graphs_for_one_use_the_largest_error_counts(
     model = models.make_model("gpt2")
     entry = GraphEntry("one.onnx", "full", "cuda", "fp32", "none", 20)
     errors = {"one.onnx": [1e-6, 9e-5], "from-8.onnx": [1e-6, 2e-6]}
-    monkeypatch.setattr(graph_check, "_session", lambda path: None)
+    monkeypatch.setattr(graph_check, "_session", lambda path, ours: None)
     monkeypatch.setattr(graph_check, "_run", lambda session, entry, *rest: iter(errors[entry.file]))
     check = check_graphs(
         [entry, replace(entry, file="from-8.onnx", min_batch=8)],

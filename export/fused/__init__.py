@@ -1,11 +1,12 @@
 """Graphs with fused nodes for ONNX Runtime's CUDA provider, written from a model's weights.
 
-A graph is written per role and head; all of a dtype share one file of weights.
+A graph is written per role and head; all of a dtype share one file of weights. Beside them there may be graphs with
+rmt-trt's own operators (`rmt_trt.runtime.native`), which read the same file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rmt_trt.bundle import GraphEntry
@@ -14,13 +15,13 @@ from rmt_trt.errors import ContractError
 from rmt_trt.export.fused.decoder import decoder_step
 from rmt_trt.export.fused.encoder import encoder_step
 from rmt_trt.export.fused.graph import FLOATS, OPSET, Graph, Weights
-from rmt_trt.export.fused.layers import CannotFuse, backbone_of
+from rmt_trt.export.fused.layers import EXACT_GELU, TANH_GELU, Backbone, CannotFuse, backbone_of
 from rmt_trt.export.fused.native import Native
 from rmt_trt.initial_state import to_metadata
 from rmt_trt.model.step import RMTModel
 from rmt_trt.runtime.native import NEED
 
-__all__ = ["CannotFuse", "FusedGraphs", "Native", "fused_graphs"]
+__all__ = ["CannotFuse", "FusedGraphs", "Native", "backbone_of", "fused_graphs"]
 
 # Full rows from which on a step takes three products for query, key and value (`blocks.separate_attention`), by form: where
 # the two ways meet on an H200. See docs/performance.md.
@@ -28,13 +29,34 @@ SEPARATE_FROM = {"encoder": 8, "decoder": 16}
 HEADS = {"classifier": ("none", "all"), "lm": ("none", "last", "all", "loglik")}
 
 
+# With operators of our own. Of few rows only the MLP's first product is quicker so, with bias and GELU in its epilogue; of
+# many all are. See docs/performance.md.
+FEW, MANY = Native(qkv=False, out=False, down=False), Native()
+
+
 @dataclass(frozen=True)
 class FusedGraphs:
     """entries: the files that were written, by role and head. fused: what one node does in place of several, counted
-    in one step."""
+    in one step. native, native_fused: the same of graphs with operators of our own that stand beside them."""
 
     entries: tuple[GraphEntry, ...]
     fused: dict[str, int]
+    native: tuple[GraphEntry, ...] = ()
+    native_fused: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A role's graphs, from `min_batch` documents on. separate: query, key and value by three products."""
+
+    role: str
+    min_batch: int
+    separate: bool
+    native: Native | None = None
+
+    def file(self, dtype: str, head: str) -> str:
+        own = "" if self.native is None else "-native"
+        return f"cuda-{dtype}{own}-{self.role}-{head}{f'-from-{self.min_batch}' if self.min_batch > 1 else ''}.onnx"
 
 
 def fused_graphs(
@@ -44,6 +66,8 @@ def fused_graphs(
     folder: Path,
     grouped: bool | None = None,
     native: Native | None = None,
+    beside: bool = False,
+    by_nodes: bool = False,
 ) -> FusedGraphs:
     """Writes `cuda-DTYPE-ROLE-HEAD.onnx` for every role and head, those for large batches with the smallest of these in
     their name, and `cuda-DTYPE.data`, into a folder.
@@ -52,8 +76,10 @@ def fused_graphs(
     contract, states in float32.
     grouped  whether attention with rotary positions may be GroupQueryAttention, which the CUDA provider has for half
              precision only; None takes what fits the dtype
-    native   by which of rmt-trt's own operators, for an encoder; None is none. dtype "fp8" has thresholds in it, and is
-             float16 where it is not in FP8
+    native   by which of rmt-trt's own operators all graphs are written, for an encoder; None is none. dtype "fp8" has
+             thresholds in it, and is float16 where it is not in FP8
+    beside   also writes graphs with these operators, where that is quicker: `cuda-DTYPE-native-ROLE-HEAD.onnx`
+    by_nodes each operator in the graphs beside is written as the nodes that it stands for, and nothing is needed
 
     Errors: CannotFuse, when a backbone has something that no fused node knows.
     """
@@ -67,22 +93,48 @@ def fused_graphs(
     backbone = backbone_of(model)
     metadata = to_metadata(spec, {"memory": model.memory.detach().numpy()})
     weights = Weights(folder / f"cuda-{dtype}.data", half)
-    # Rotary attention takes query and key apart by itself, whatever the batch.
-    large = [] if backbone.rotary is not None else [("full", SEPARATE_FROM[spec.form])]
-    written = []
-    try:
-        for role, min_batch in [("full", 1), *large, ("step", 1)]:
+
+    def written(variants: list[Variant]) -> tuple[tuple[GraphEntry, ...], dict[str, int]]:
+        found = []
+        for variant in variants:
             for head in HEADS[spec.logits]:
-                graph = Graph(weights, dtype != "fp32" if grouped is None else grouped)
-                if spec.form == "encoder":
-                    encoder_step(graph, model.config, spec, backbone, role, head, min_batch > 1, native)
-                else:
-                    decoder_step(graph, model.config, spec, backbone, role, head, separate=min_batch > 1)
-                name = f"cuda-{dtype}-{role}-{head}{f'-from-{min_batch}' if min_batch > 1 else ''}.onnx"
+                graph = Graph(weights, half != "fp32" if grouped is None else grouped)
+                _step(graph, model, spec, backbone, variant, head)
+                name = variant.file(dtype, head)
                 graph.save(folder / name, metadata)
-                needs = () if native is None else (NEED,)
-                entry = GraphEntry(name, role, "cuda", dtype, head, OPSET, (weights.path.name,), min_batch, needs)
-                written.append((entry, dict(graph.fused)))
+                entry = GraphEntry(
+                    name, variant.role, "cuda", dtype, head, OPSET, (weights.path.name,), variant.min_batch,
+                    (NEED,) if variant.native and not variant.native.by_nodes else (),
+                )  # fmt: skip
+                found.append((entry, dict(graph.fused)))
+        return tuple(entry for entry, _ in found), found[0][1] if found else {}
+
+    try:
+        graphs = written(_variants(backbone, spec, native))
+        own = written(_native_variants(backbone, spec, by_nodes) if beside else [])
     finally:
         weights.close()
-    return FusedGraphs(tuple(entry for entry, _ in written), written[0][1])
+    return FusedGraphs(*graphs, *own)
+
+
+def _variants(backbone: Backbone, spec: StepSpec, native: Native | None) -> list[Variant]:
+    # Rotary attention takes query and key apart by itself, whatever the batch.
+    large = [] if backbone.rotary is not None else [Variant("full", SEPARATE_FROM[spec.form], True, native)]
+    return [Variant("full", 1, False, native), *large, Variant("step", 1, False, native)]
+
+
+def _native_variants(backbone: Backbone, spec: StepSpec, by_nodes: bool) -> list[Variant]:
+    """Of few rows, only where the activation can go into an epilogue: else nothing would be gained."""
+    if spec.form != "encoder":
+        return []
+    few, many = replace(FEW, by_nodes=by_nodes), replace(MANY, by_nodes=by_nodes)
+    large = Variant("full", SEPARATE_FROM[spec.form], True, many)
+    epilogue = backbone.activation in (EXACT_GELU, TANH_GELU) and all(layer.gate is None for layer in backbone.layers)
+    return [large, *([Variant("full", 1, False, few), Variant("step", 1, False, few)] if epilogue else [])]
+
+
+def _step(graph: Graph, model: RMTModel, spec: StepSpec, backbone: Backbone, variant: Variant, head: str) -> None:
+    if spec.form == "encoder":
+        encoder_step(graph, model.config, spec, backbone, variant.role, head, variant.separate, variant.native)
+    else:
+        decoder_step(graph, model.config, spec, backbone, variant.role, head, separate=variant.separate)

@@ -13,7 +13,7 @@ from torch import nn
 from rmt_trt.bundle import Bundle, GraphEntry, add_files
 from rmt_trt.contract import Head
 from rmt_trt.engine_record import FOLDER, HARDWARE, EngineRecord
-from rmt_trt.export.engine_graphs import recorded
+from rmt_trt.export.added import recorded
 from rmt_trt.export.graph_check import GraphCheck
 from rmt_trt.export.tensorrt import flavours
 from rmt_trt.export.tensorrt.builder import Plan, build_plan

@@ -44,7 +44,7 @@ app = new_app()
 
 LABELS = {
     "load": "reading the checkpoint", "export": "exporting the segment step", "verify": "verifying",
-    "graphs": "writing graphs", "check": "checking them on the CPU",
+    "graphs": "writing graphs", "check": "checking them on the CPU", "native": "checking native products",
 }  # fmt: skip
 ENGINES = ("cpu", "cuda", *engine_options.ENGINES)
 GRAPH_DTYPES = ("fp32", "fp16", "bf16")
@@ -83,6 +83,13 @@ def export(
     hardware_compatible: HardwareCompatible = None,
     device: Device = None,
     plain: Annotated[bool, typer.Option("--plain", help="Fuse nothing in the engine's graphs.")] = False,
+    native: Annotated[
+        bool,
+        typer.Option(
+            "--native/--no-native",
+            help="Beside an encoder's fused graphs in half precision, write graphs with rmt-trt's own products.",
+        ),
+    ] = True,
     checkpoint: Annotated[
         Path | None, typer.Option("--model", help="The checkpoint of a bundle that does not give its model itself.")
     ] = None,
@@ -121,7 +128,7 @@ def export(
         compute_capability, max_batch, head, workspace, timing_cache, optimization_level, strip_weights,
         version_compatible, hardware_compatible, device,
     )  # fmt: skip
-    dtypes = _dtypes(engine, dtype, plain, flags)
+    dtypes = _dtypes(engine, dtype, plain, native, flags)
     compiled = engine in engine_options.ENGINES
     existing = model.is_dir() and (model.suffix == ".rmt" or (model / MANIFEST).is_file())
     target = model if existing else out or default_bundle(model)
@@ -148,7 +155,9 @@ def export(
     # Graphs for the CUDA engine have a tolerance of their own.
     bound = None if engine == "cuda" else tolerance
     options = ExportOptions(segments=segments, tolerance=bound, accept_drift=accept_drift, overwrite=overwrite)
-    graphs = EngineOptions(segments=segments, tolerance=tolerance, accept_drift=accept_drift, plain=plain)
+    graphs = EngineOptions(
+        segments=segments, tolerance=tolerance, accept_drift=accept_drift, plain=plain, native=native
+    )
     screen = console()
     if existing:
         given = Bundle(model).manifest.model is not None and not compiled  # a build takes it itself, where it needs one
@@ -176,7 +185,7 @@ def _checked_build(engine: str, dtypes: tuple[str, ...], flags: EngineFlags, bun
     return build
 
 
-def _dtypes(engine: str, dtype: str | None, plain: bool, flags: EngineFlags) -> tuple[str, ...]:
+def _dtypes(engine: str, dtype: str | None, plain: bool, native: bool, flags: EngineFlags) -> tuple[str, ...]:
     """The dtypes of what is to be added; none for the CPU engine, which runs step.onnx. Errors: ContractError."""
     if engine not in ENGINES:
         raise ContractError(
@@ -188,6 +197,10 @@ def _dtypes(engine: str, dtype: str | None, plain: bool, flags: EngineFlags) -> 
         raise ContractError(
             f"{', '.join(names)} {'go' if len(names) > 1 else 'goes'} with --engine {' or '.join(engine_options.ENGINES)}; "
             f"nothing is compiled for '{engine}'"
+        )
+    if not native and engine != "cuda":
+        raise ContractError(
+            f"--no-native goes with --engine cuda; nothing of ours is in what '{engine}' runs. Leave it out"
         )
     if plain and engine != "cuda":
         what = "step.onnx" if engine == "cpu" else "the graphs that TensorRT compiles"
@@ -259,8 +272,9 @@ def _add(target: Path, engine: str, dtype: str, step: RMTModel | None, options: 
 
     started = time.perf_counter()
     made = _with_progress(screen, lambda show: add_engine_graphs(target, engine, dtype, step, options, show))
-    if made.report is not None:
-        screen.print(drift_table(made.report.to_json()))
+    for report in (made.report, made.native and made.native.report):
+        if report is not None:
+            screen.print(drift_table(report.to_json()))
     for line in record_lines(engine, dtype, made.to_json()):
         screen.print(line)
     screen.print(f"{target}: {added_line(Bundle(target), made.entries)} added in {time.perf_counter() - started:.1f} s")

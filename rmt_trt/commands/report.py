@@ -71,16 +71,16 @@ def _single(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def graphs_table(bundle: Bundle) -> Table:
-    """The graphs of a bundle by engine, dtype, role and head, and what is recorded of each engine and dtype."""
+    """The graphs of a bundle by engine, dtype, role, head, and documents from which on each is taken, and what is recorded of each engine and dtype."""
     manifest = bundle.manifest
     table = Table(title="graphs", title_justify="left", caption=_records(manifest) or None, caption_justify="left")
-    for name in ("engine", "dtype", "role", "head", "opset"):
+    for name in ("engine", "dtype", "role", "head", "from", "needs", "opset"):
         table.add_column(name)
     table.add_column("MB", justify="right")
     table.add_column("and weights in")
-    for graph in sorted(manifest.graphs, key=lambda g: (g.engine, g.dtype, g.role, g.head)):
+    for graph in sorted(manifest.graphs, key=lambda g: (g.engine, g.dtype, g.role, g.head, g.min_batch, g.needs)):
         table.add_row(
-            graph.engine, graph.dtype, graph.role, graph.head, str(graph.opset),
+            graph.engine, graph.dtype, graph.role, graph.head, str(graph.min_batch), ", ".join(graph.needs), str(graph.opset),
             f"{manifest.files[graph.file].size / 1e6:.2f}", ", ".join(map(printable, graph.data)),
         )  # fmt: skip
     return table
@@ -100,6 +100,10 @@ def engine_record(manifest: Manifest, engine: str, dtype: str) -> dict[str, Any]
     return value if isinstance(value, dict) else {}
 
 
+# What stood for rmt-trt's own operators on the CPU.
+TWINS = {"operators": "by the operators' kernels for the CPU", "nodes": "as the nodes that they stand for"}
+
+
 def record_lines(engine: str, dtype: str, record: Mapping[str, Any]) -> list[str]:
     """What is fused, how it was checked and how it was verified, as lines. Values of another kind than ours are shown
     as they are: the record may come from a stranger's file."""
@@ -108,14 +112,29 @@ def record_lines(engine: str, dtype: str, record: Mapping[str, Any]) -> list[str
     fused, plain = record.get("fused"), record.get("plain")
     lines = [f"{engine} {dtype}: {'quantized' if dtype in QUANTIZED else 'exported plainly'}: {_value(plain)}"]
     if plain is None and isinstance(fused, dict):
-        counts = sorted(fused.items(), key=lambda item: str(item[0]))
-        lines = [f"{engine} {dtype}: fused: " + ", ".join(f"{_value(count)} {_value(name)}" for name, count in counts)]
+        lines = [f"{engine} {dtype}: fused: {_counts(fused)}"]
     lines += _quantization_lines(record.get("quantization"))
-    check, verdict = record.get("check"), record.get("verification")
+    lines += _proof_lines(record)
+    own = record.get("native")
+    if isinstance(own, dict) and isinstance(own.get("fused"), dict):
+        lines.append(f"  beside them with native products: {_counts(own['fused'])}")
+        lines += [f"  {line}" for line in _proof_lines(own)]
+    return lines
+
+
+def _counts(fused: Mapping[Any, Any]) -> str:
+    counts = sorted(fused.items(), key=lambda item: str(item[0]))
+    return ", ".join(f"{_value(count)} {_value(name)}" for name, count in counts)
+
+
+def _proof_lines(record: Mapping[str, Any]) -> list[str]:
+    """How graphs were checked and verified."""
+    lines, check, verdict = [], record.get("check"), record.get("verification")
     if isinstance(check, dict):
+        by = TWINS.get(check.get("by"), "")
         lines.append(
             f"  checked on the CPU provider in {_value(check.get('dtype'))}: largest error {_value(check.get('worst'))} "
-            f"over {_value(check.get('segments'))} segments"
+            f"over {_value(check.get('segments'))} segments{by and f', {by}'}"
         )
     if isinstance(verdict, dict):
         passed = "verified" if verdict.get("passed") is True else "DRIFTS"

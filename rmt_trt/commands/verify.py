@@ -181,7 +181,7 @@ def _require(reports: tuple[Report, ...]) -> None:
 
 def _record(path: Path, report: Report) -> None:
     """Puts the verdict into the manifest, beside what the export recorded of these graphs."""
-    from rmt_trt.export.engine_graphs import recorded, summary
+    from rmt_trt.export.added import recorded, summary
 
     def changed(old: dict[str, Any]) -> dict[str, Any]:
         engines = old.get("engines")
