@@ -1,4 +1,4 @@
-"""rmt-calibrate with budgets, mixes and rescaling, on the trained example."""
+"""rmt-calibrate with budgets, mixes and rescaling, on the trained example; the file of a mix."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pytest
 from models import example_bundle
 
 from rmt_trt.bundle import Bundle
-from rmt_trt.calibration import load_ranges
-from rmt_trt.calibration.mix import load_mix
+from rmt_trt.calibration import UINT8_INT8, load_ranges
+from rmt_trt.calibration.mix import Budget, Mix, load_mix
 from rmt_trt.calibration.recall import Questions, answered
+from rmt_trt.calibration.search import keepable
 from rmt_trt.calibration.tapped import step_entry
 from rmt_trt.commands import calibrate as command
-from rmt_trt.errors import ContractError
+from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.training.tasks import open_task
 
 SMALL = ["--documents", "2", "--segments", "4", "--draws", "1", "--check", "2", "--threads", "1"]
@@ -124,6 +125,47 @@ def test_questions_are_the_same_for_every_graph_and_not_those_of_an_evaluation()
     asked = {document.tokens().tobytes() for document in documents(task, Case("detect", 2, None, 4), bundle.spec, 0)}
     mine = documents(task, Case("detect", 2, None, 4), bundle.spec, 1 << 40)
     assert not asked & {document.tokens().tobytes() for document in mine}
+
+
+MIX = Mix("f" * 64, "int8", ("a",), ("node_a",), 2, None, ({"unit": "a"},), {"max_drift": 0.1})
+BAD_MIXES: dict[str, tuple[Any, str]] = {
+    "another file": (lambda value: [1], r"holds no mix \(no"),
+    "newer": (lambda value: value | {"format_version": 9}, "has format version 9; this rmt-trt reads version 1"),
+    "cut": (lambda value: {k: v for k, v in value.items() if k != "products"}, "is damaged or was altered"),
+    "numbers": (lambda value: value | {"products": [1]}, "products holds 1"),
+    "alpha": (lambda value: value | {"smooth": 2}, "smooth is 2"),
+    "units": (lambda value: value | {"units": [[1, 2]]}, "is damaged or was altered"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MIXES)
+def test_a_mix_is_read_back_and_a_damaged_one_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "mix.json"
+    MIX.save(path)
+    assert load_mix(path) == MIX
+    alter, message = BAD_MIXES[name]
+    path.write_text(json.dumps(alter(json.loads(path.read_text()))))
+    with pytest.raises(FormatError, match=message):
+        load_mix(path)
+
+
+def test_a_mix_of_another_model_dtype_or_export_is_refused(tmp_path: Path) -> None:
+    bundle = Bundle(example_bundle())
+    known, mine = keepable(bundle, UINT8_INT8), replace(MIX, fingerprint=bundle.spec.fingerprint)
+    for mix, dtype, message in (
+        (MIX, "int8", "is a mix of a model with fingerprint 'ffffffffffff'"),
+        (mine, "fp8", "is a mix found for 'int8'; the evidence says nothing of fp8"),
+        (mine, "int8", "keeps 'node_a', which is no product of this bundle's step"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            mix.require(bundle.spec, dtype, known, tmp_path / "mix.json")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -0.1, 1.01, float("inf"), True])
+@pytest.mark.parametrize("name", ["max_drift", "min_recall"])
+def test_budgets_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ContractError, match=rf"--{name.replace('_', '-')} is .*; expected a .*, above 0 and up to 1"):
+        Budget(**{name: value})
 
 
 @pytest.mark.parametrize(
