@@ -195,9 +195,9 @@ def _packed_attention(
     """Attention over one product's rows, head by head query, key and value, as MultiHeadAttention takes them unmasked."""
     heads, size = backbone.heads, backbone.head_size
     parts = (layer.query, layer.key, layer.value)
-    weight = torch.stack([part.weight.detach().unflatten(1, (heads, size)) for part in parts], dim=2).flatten(1)
+    weight = torch.stack([part.weight.detach().reshape(-1, heads, size) for part in parts], dim=2).flatten(1)
     biases = [torch.zeros(heads * size) if part.bias is None else part.bias.detach() for part in parts]
-    bias = torch.stack([part.unflatten(0, (heads, size)) for part in biases], dim=1).flatten()
+    bias = torch.stack([part.reshape(heads, size) for part in biases], dim=1).flatten()
     rows = linear(graph, native, low, Linear(weight, bias), name("qkv"), "bias.by_head")
     rows = graph.node("Reshape", rows, graph.constant([0, 0, heads, 3, size]))
     inputs = [rows]
