@@ -367,3 +367,19 @@ def test_the_command_says_in_one_line_which_graphs_there_are(
     assert message in err
     assert "\n" not in err
     assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_a_verdict_of_the_engine_itself_takes_the_place_of_the_one_on_the_cpu(bundle: Path) -> None:
+    from rmt_trt.bundle import add_files
+    from rmt_trt.commands.verify import _record
+    from rmt_trt.export.added import recorded
+
+    made_here = add_static(bundle, ranges_of("bert"), options=EngineOptions(segments=3))
+    old = {**made_here.to_json(), "verified_on": "cpu", "unverified": "no GPU"}
+    add_files(bundle, {}, verification=lambda all_of: recorded(all_of, "cpu", "int8", old))
+    assert made_here.report is not None
+    _record(bundle, made_here.report)
+    record = engine_record(Bundle(bundle).manifest, "cpu", "int8")
+    assert "verified_on" not in record
+    assert record["unverified"] is None
+    assert record["quantization"]["method"].startswith("static, ranges by minmax")

@@ -187,7 +187,8 @@ def _record(path: Path, report: Report) -> None:
         engines = old.get("engines")
         before = engines.get(report.engine) if isinstance(engines, dict) else None
         record = before.get(report.dtype) if isinstance(before, dict) else None
-        record = record if isinstance(record, dict) else {}
+        record = dict(record) if isinstance(record, dict) else {}
+        record.pop("verified_on", None)
         verdict = summary(report) | {"accepted_drift": False}  # nobody was asked to keep it
         return recorded(old, report.engine, report.dtype, {**record, "verification": verdict, "unverified": None})
 
