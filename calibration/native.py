@@ -16,7 +16,7 @@ import numpy as np
 from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.calibration.ranges import Ranges
 from rmt_trt.calibration.step_graph import chosen_products, read_step
-from rmt_trt.errors import EngineError, FormatError, require
+from rmt_trt.errors import ContractError, EngineError, FormatError, require
 from rmt_trt.runtime import native as operators
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rmt_trt.model.step import RMTModel
 
 ENGINE, DTYPE = "cuda", "fp8"
+MULTIPLE = 16  # of both sides of a matrix in FP8, for cuBLASLt
 SMALLEST = 1e-6  # of a threshold: a tensor that was always 0 has none
 
 
@@ -41,9 +42,10 @@ def mapped(bundle: Bundle, ranges: Ranges, backbone: Backbone, keep: Collection[
     """The ranges' thresholds, by the layers of a backbone.
 
     keep: nodes of step.onnx that stay in 16 bits. With one of a layer's query, key and value stay the others, which read
-    the same tensor. What is no layer's product, such as a head's, stays too.
+    the same tensor. What is no layer's product, such as a head's, stays too, and so do matrices that the GPU has no FP8
+    product for.
     Errors: FormatError, for ranges that are another model's, and when the step's products are not the backbone's, one by
-    one; ContractError for a name in `keep` that is none of them.
+    one; ContractError for a name in `keep` that is none of them, and when nothing is left.
     """
     ranges.require_model(bundle.spec, bundle.path)
     model, found = read_step(bundle)
@@ -67,8 +69,14 @@ def mapped(bundle: Bundle, ranges: Ranges, backbone: Backbone, keep: Collection[
                 f"there is no range of the tensor {missing[0]!r:.80}: the ranges were taken from another export. Calibrate "
                 f"with rmt-calibrate"
             )
-        if not any(product.node in keep for product in products):
+        fits = all(side % MULTIPLE == 0 for product in products for side in weights[product.weight].shape)
+        if fits and not any(product.node in keep for product in products):
             thresholds[name] = max(SMALLEST, *(ranges.tensors[product.activation].threshold for product in products))
+    if not thresholds:
+        raise ContractError(
+            f"no product of {bundle.path} is left for FP8: all are kept in 16 bits, or have matrices whose sides are no "
+            f"multiples of {MULTIPLE}. Take fp16: rmt-export {bundle.path} --engine cuda --dtype fp16"
+        )
     low = {product.node for name in thresholds for product in by_name[name]}
     return Mapped(thresholds, tuple(product.node for product in found if product.node not in low))
 

@@ -20,6 +20,7 @@ from rmt_trt.export.fused.layers import EXACT_GELU, TANH_GELU, Backbone, Layer, 
 from rmt_trt.runtime.native import DOMAIN
 
 LARGEST = 448.0
+WIDEST = 8192  # row that SkipLayerNormQuantize takes
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def skip_norm(
     threshold: float | None,
 ) -> tuple[ir.Value, Rounded | None]:
     """norm(value + skip + bias), and the same in FP8 where a product wants it."""
-    if threshold is None or not native.norm or bias is not None or by.rms or by.bias is None:
+    wide = by.weight.shape[0] > WIDEST
+    if threshold is None or not native.norm or bias is not None or by.rms or by.bias is None or wide:
         out = blocks.skip_norm(graph, value, skip, bias, by, name)[0]
         return out, None if threshold is None else rounded(graph, out, threshold)
     weights = (graph.weight(f"{name}.weight", by.weight), graph.weight(f"{name}.bias", by.bias))
