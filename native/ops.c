@@ -150,15 +150,17 @@ static OrtStatus *stream_of(const Node *node, OrtKernelContext *context, void **
 static OrtStatus *linear(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
     const Tensor *x = &in[0], *weight = &in[1], *bias = &in[2];
     const Op *op = node->op;
+    if (weight->count != 2 || bias->count != 1 || (op->kind == LINEAR_QUANTIZE && values(&in[3]) != 1))
+        return refused(node->api, "rmt_trt: a product takes a weight with two axes, a bias with one, one number to round by");
     int64_t k = x->axes[x->count - 1], n = weight->axes[node->transposed ? 0 : 1];
-    if (weight->count != 2 || weight->axes[node->transposed ? 1 : 0] != k || bias->count != 1 || bias->axes[0] != n)
+    if (!k || weight->axes[node->transposed ? 1 : 0] != k || bias->axes[0] != n)
         return refused(node->api, "rmt_trt: the shapes of a product's input, weight and bias do not fit together");
     Tensor shape = *x;
     shape.axes[x->count - 1] = n;
     void *out = NULL;
     OrtStatus *status = output(node, context, 0, &shape, &out);
-    int64_t m = k ? values(x) / k : 0;
-    if (status || !m) return status;
+    int64_t m = values(x) / k;
+    if (status || !m || !n) return status;
     char why[WHY] = "rmt_trt: no host memory";
     int code, float8 = op->input[0] == ORT_FLOAT8, rounds = op->kind == LINEAR_QUANTIZE;
     if (on_gpu(node)) {
