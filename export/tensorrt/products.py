@@ -48,4 +48,4 @@ def _has_float32(bundle: Bundle | None, engine: str, dtype: str) -> bool:
     value: Any = None if bundle is None else bundle.manifest.verification
     for key in ("engines", engine, dtype, "quantization", "rest"):
         value = value.get(key) if isinstance(value, dict) else None
-    return value == "fp32"
+    return bool(value == "fp32")
