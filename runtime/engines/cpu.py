@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,8 +109,9 @@ def _session(path: Path, threads: int | None, entries: dict[str, str], needs: Se
     ort = library()
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    count = threads if threads is not None else _fewer_threads()
+    if count is not None:
+        options.intra_op_num_threads = count
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
     if native.NEED in needs:
@@ -121,6 +123,15 @@ def _session(path: Path, threads: int | None, entries: dict[str, str], needs: Se
             f"ONNX Runtime {ort.__version__} refuses {path}: {_one_line(err)}. If the file is damaged or was altered, "
             f"export the model again"
         ) from err
+
+
+def _fewer_threads() -> int | None:
+    """How many cores this process may use, where these are not all: ONNX Runtime counts all, and threads that share a core
+    wait for one another."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or 1) else None
 
 
 class CPUEngine:
