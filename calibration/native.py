@@ -100,9 +100,11 @@ def add_native(
     require("onnx_ir", "export", "a fused graph")
     from rmt_trt.export.engine_graphs import EngineGraphs, add_written
     from rmt_trt.export.fused import Native, backbone_of, fused_graphs
+    from rmt_trt.export.fused.native_decoder import check_layers
 
     step = _step(bundle)
     backbone = backbone_of(step)
+    check_layers(backbone)
     if (reason := operators.unused()) is not None:
         raise EngineError(f"FP8 graphs for CUDA are made of rmt-trt's own operators, and {reason}")
     found = mapped(bundle, ranges, backbone, keep)

@@ -27,6 +27,9 @@ typedef enum {
     SETTINGS
 } Setting;
 
+enum { QUANTIZE, SKIP_LAYER_NORM, SILU_MUL, ROTARY, KERNEL_COUNT };
+static const char *const KERNEL_NAMES[] = {"quantize", "skip_layer_norm", "silu_mul", "rotary"};
+
 typedef struct Plan Plan;
 struct Plan {
     Product product;
@@ -48,7 +51,8 @@ struct Lane {
     void *context, *stream, *handle;
     uint64_t workspace; /* and behind it a 1 in float32, and room for one more */
     Scratch *scratch;   /* the largest first; captured graphs may still use the others */
-    void *module, *quantize[2], *norm[2]; /* of float16 and bfloat16 */
+    int capability; /* 89 is 8.9 */
+    void *module, *kernels[KERNEL_COUNT][2]; /* of float16 and bfloat16 */
     Plan *plans;
     Setting setting; /* of products to FP8 that was found to work; SAME before the first */
     int users;
@@ -320,6 +324,16 @@ static int same(const Product *a, const Product *b) {
            a->k == b->k;
 }
 
+static int loaded(Lane *lane) {
+    int code = 0;
+    for (int i = 0; i < 2 * KERNEL_COUNT && !code; i++) {
+        char kernel[64];
+        snprintf(kernel, sizeof kernel, "%s_%s", KERNEL_NAMES[i / 2], i % 2 ? "bfloat16" : "float16");
+        code = driver.ModuleGetFunction(&lane->kernels[i / 2][i % 2], lane->module, kernel);
+    }
+    return code;
+}
+
 static int compiled(Lane *lane, char *why) {
     if (lane->module) return 0;
     if (capturing(lane->stream)) return fail(why, "the first run of a session is captured; run it once before", 0);
@@ -340,10 +354,7 @@ static int compiled(Lane *lane, char *why) {
     driver.CtxGetDevice(&device);
     driver.DeviceGetAttribute(&major, COMPUTE_CAPABILITY_MAJOR, device);
     driver.DeviceGetAttribute(&minor, COMPUTE_CAPABILITY_MINOR, device);
-    if (10 * major + minor < 89) {
-        snprintf(why, WHY, "FP8 needs compute capability 8.9 or higher; this GPU has %d.%d", major, minor);
-        return -1;
-    }
+    lane->capability = 10 * major + minor;
     char architecture[64];
     snprintf(architecture, sizeof architecture, "--gpu-architecture=sm_%d%d", major, minor);
     const char *options[] = {architecture};
@@ -355,10 +366,7 @@ static int compiled(Lane *lane, char *why) {
     if (!code) code = rtc.GetCUBINSize(program, &size);
     if (!code) code = (binary = malloc(size)) ? rtc.GetCUBIN(program, binary) : -1;
     if (!code) code = driver.ModuleLoadData(&lane->module, binary);
-    static const char *const kernels[] = {"quantize_float16", "quantize_bfloat16", "skip_layer_norm_float16",
-                                          "skip_layer_norm_bfloat16"};
-    for (int i = 0; i < 4 && !code; i++)
-        code = driver.ModuleGetFunction(i < 2 ? &lane->quantize[i] : &lane->norm[i - 2], lane->module, kernels[i]);
+    if (!code) code = loaded(lane);
     if (program) rtc.DestroyProgram(&program);
     free(binary);
     if (!code) return 0;
@@ -367,13 +375,25 @@ static int compiled(Lane *lane, char *why) {
     return fail(why, "NVRTC or the driver refuses the kernels", code);
 }
 
+/* The kernels are there, and the GPU has FP8 where it is wanted. */
+static int prepared(Lane **held, void *stream, int float8, char *why) {
+    if (entered(held, stream, why) || compiled(*held, why)) return -1;
+    if (!float8 || (*held)->capability >= 89) return 0;
+    snprintf(why, WHY, "FP8 needs compute capability 8.9 or higher; this GPU has %d.%d", (*held)->capability / 10,
+             (*held)->capability % 10);
+    return -1;
+}
+
+static int launched(Lane *lane, int kernel, int type, unsigned blocks, unsigned threads, void **arguments) {
+    return driver.LaunchKernel(lane->kernels[kernel][type == ORT_BFLOAT16], blocks, 1, 1, threads, 1, 1, 0, lane->stream,
+                               arguments, NULL);
+}
+
 /* out[i] = E4M3(in[i] * inverse), or by the number at `by` where it is given. */
 static int rounding(Lane *lane, int type, const void *in, void *out, int64_t count, float inverse, const float *by) {
     long long number = count;
     void *arguments[] = {&in, &out, &number, &inverse, &by};
-    unsigned blocks = (unsigned)((count + 16 * 256 - 1) / (16 * 256));
-    return driver.LaunchKernel(lane->quantize[type == ORT_BFLOAT16], blocks, 1, 1, 256, 1, 1, 0, lane->stream, arguments,
-                               NULL);
+    return launched(lane, QUANTIZE, type, (unsigned)((count + 16 * 256 - 1) / (16 * 256)), 256, arguments);
 }
 
 /* Room for `bytes` on the device, for as long as the lane is there. */
@@ -466,12 +486,9 @@ __attribute__((visibility("default"))) void rmt_product_settings(int64_t counts[
 
 int gpu_quantize(Lane **held, void *stream, int type, const void *in, void *out, int64_t count, float inverse, char *why) {
     pthread_mutex_lock(&lock);
-    int code = entered(held, stream, why);
-    if (!code) code = compiled(*held, why);
-    if (!code && count) {
-        code = rounding(*held, type, in, out, count, inverse, NULL);
-        if (code) fail(why, "the driver did not start the kernel 'quantize'", code);
-    }
+    int code = prepared(held, stream, 1, why);
+    if (!code && count && (code = rounding(*held, type, in, out, count, inverse, NULL)))
+        fail(why, "the driver did not start the kernel 'quantize'", code);
     pthread_mutex_unlock(&lock);
     return code ? -1 : 0;
 }
@@ -483,17 +500,47 @@ int gpu_skip_layer_norm(Lane **held, void *stream, int type, const void *const i
         return -1;
     }
     pthread_mutex_lock(&lock);
-    int code = entered(held, stream, why);
-    if (!code) code = compiled(*held, why);
-    if (!code && rows) {
-        int columns = (int)width;
-        void *arguments[] = {(void *)&in[0], (void *)&in[1], (void *)&in[2], (void *)&in[3], &out,
-                             &rounded,       &columns,       &epsilon,       &inverse};
-        unsigned threads = (unsigned)((width / 8 + 31) / 32 * 32);
-        code = driver.LaunchKernel((*held)->norm[type == ORT_BFLOAT16], (unsigned)rows, 1, 1, threads, 1, 1, 0, stream,
-                                   arguments, NULL);
-        if (code) fail(why, "the driver did not start the kernel 'skip_layer_norm'", code);
+    int code = prepared(held, stream, 1, why), columns = (int)width;
+    void *arguments[] = {(void *)&in[0], (void *)&in[1], (void *)&in[2], (void *)&in[3], &out,
+                         &rounded,       &columns,       &epsilon,       &inverse};
+    unsigned threads = (unsigned)((width / 8 + 31) / 32 * 32);
+    if (!code && rows && (code = launched(*held, SKIP_LAYER_NORM, type, (unsigned)rows, threads, arguments)))
+        fail(why, "the driver did not start the kernel 'skip_layer_norm'", code);
+    pthread_mutex_unlock(&lock);
+    return code ? -1 : 0;
+}
+
+int gpu_silu_mul(Lane **held, void *stream, int type, const void *in, void *out, void *rounded, int64_t rows,
+                 int64_t width, float inverse, char *why) {
+    if (width % 8) {
+        snprintf(why, WHY, "rows of two times %lld values; expected a multiple of 8", (long long)width);
+        return -1;
     }
+    pthread_mutex_lock(&lock);
+    int code = prepared(held, stream, rounded != NULL, why);
+    long long vectors = rows * (width / 8), across = width / 8;
+    void *arguments[] = {&in, &out, &rounded, &vectors, &across, &inverse};
+    if (!code && vectors && (code = launched(*held, SILU_MUL, type, (unsigned)((vectors + 255) / 256), 256, arguments)))
+        fail(why, "the driver did not start the kernel 'silu_mul'", code);
+    pthread_mutex_unlock(&lock);
+    return code ? -1 : 0;
+}
+
+int gpu_rotary(Lane **held, void *stream, int type, const void *const in[3], void *const out[3], int64_t rows,
+               const Heads *heads, char *why) {
+    if (heads->size % 16) {
+        snprintf(why, WHY, "heads of %d values; expected a multiple of 16", heads->size);
+        return -1;
+    }
+    pthread_mutex_lock(&lock);
+    int code = prepared(held, stream, 0, why);
+    long long pairs = rows * (heads->query + 2 * heads->key) * (heads->size / 16);
+    int length = heads->length, query = heads->query, key = heads->key, size = heads->size, times = heads->times;
+    void *arguments[] = {(void *)&in[0],  (void *)&in[1],  (void *)&in[2], (void *)&out[0], (void *)&out[1],
+                         (void *)&out[2], &pairs,          &length,        &query,          &key,
+                         &size,           &times};
+    if (!code && pairs && (code = launched(*held, ROTARY, type, (unsigned)((pairs + 255) / 256), 256, arguments)))
+        fail(why, "the driver did not start the kernel 'rotary'", code);
     pthread_mutex_unlock(&lock);
     return code ? -1 : 0;
 }

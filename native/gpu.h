@@ -29,6 +29,16 @@ int gpu_product(Lane **lane, void *stream, const Product *product, const Operand
 int gpu_quantize(Lane **lane, void *stream, int type, const void *in, void *out, int64_t count, float inverse, char *why);
 int gpu_skip_layer_norm(Lane **lane, void *stream, int type, const void *const in[4], void *out, void *rounded,
                         int64_t rows, int64_t width, float epsilon, float inverse, char *why);
+/* Rows of `query` heads, `key` heads and as many of values, of `size` values each; `length` rows are a document. Each head
+ * of keys and values is written `times` times. */
+typedef struct {
+    int query, key, size, length, times;
+} Heads;
+
+int gpu_silu_mul(Lane **lane, void *stream, int type, const void *in, void *out, void *rounded, int64_t rows,
+                 int64_t width, float inverse, char *why);
+int gpu_rotary(Lane **lane, void *stream, int type, const void *const in[3], void *const out[3], int64_t rows,
+               const Heads *heads, char *why);
 void gpu_release(Lane *lane);
 
 #endif

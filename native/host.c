@@ -99,3 +99,32 @@ void host_skip_layer_norm(const float *const in[4], float *out, uint8_t *rounded
         }
     }
 }
+
+void host_silu_mul(const float *in, float *out, uint8_t *rounded, int64_t rows, int64_t width, float inverse) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < width; i++) {
+            float gate = in[2 * row * width + i], value = in[(2 * row + 1) * width + i] * gate / (1.0f + expf(-gate));
+            if (rounded)
+                rounded[row * width + i] = to_e4m3(value * inverse);
+            else
+                out[row * width + i] = value;
+        }
+}
+
+void host_rotary(const float *const in[3], float *const out[3], int64_t rows, int query, int key, int size, int length,
+                 int times) {
+    int half = size / 2, heads = query + 2 * key;
+    for (int64_t place = 0; place < rows * heads; place++) {
+        int64_t row = place / heads;
+        int head = (int)(place % heads), own = head < query, written = own ? 1 : times;
+        const float *from = in[0] + place * size, *cosine = in[1] + row % length * half, *sine = in[2] + row % length * half;
+        int turned = head < query + key, group = own ? head : (head - query) % key;
+        float *to = out[own ? 0 : turned ? 1 : 2] + (row * (own ? query : key * times) + (int64_t)group * written) * size;
+        for (int copy = 0; copy < written; copy++, to += size)
+            for (int i = 0; i < half; i++) {
+                float low = from[i], high = from[i + half];
+                to[i] = turned ? low * cosine[i] - high * sine[i] : low;
+                to[i + half] = turned ? high * cosine[i] + low * sine[i] : high;
+            }
+    }
+}

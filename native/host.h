@@ -16,5 +16,10 @@ int host_product(const float *x, const uint8_t *x8, const float *weight, const u
 void host_quantize(const float *in, uint8_t *out, int64_t count, float inverse);
 void host_skip_layer_norm(const float *const in[4], float *out, uint8_t *rounded, int64_t rows, int64_t width,
                           float epsilon, float inverse);
+/* rows of 2 * width values; `rounded` is given in place of `out` or not at all. */
+void host_silu_mul(const float *in, float *out, uint8_t *rounded, int64_t rows, int64_t width, float inverse);
+/* As `Heads` of gpu.h says. */
+void host_rotary(const float *const in[3], float *const out[3], int64_t rows, int query, int key, int size, int length,
+                 int times);
 
 #endif

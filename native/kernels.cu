@@ -1,4 +1,4 @@
-// Kernels that no library has: rounding to FP8, alone and behind a norm. Compiled by NVRTC when they are first used.
+// Kernels that no library has: rounding to FP8, alone and behind a norm; gated activations; rotary positions. Compiled by NVRTC when they are first used.
 // No header is included, so that none has to be found. `Half` stands for the 16 bits of a float16 or bfloat16.
 
 typedef unsigned short Bits;
@@ -19,17 +19,26 @@ struct Float16 {
 struct Bfloat16 {
     static __device__ float load(Bits bits) { return __uint_as_float((unsigned)bits << 16); }
     static __device__ Bits store(float value) {
+#if __CUDA_ARCH__ >= 800
         Bits bits;
         asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
         return bits;
+#else
+        unsigned raw = __float_as_uint(value);
+        return (Bits)(value != value ? 0x7fff : (raw + 0x7fff + (raw >> 16 & 1)) >> 16);
+#endif
     }
 };
 
-// Two values as E4M3, rounded to even, those beyond 448 made 448; `low` in the lower byte.
+// Two values as E4M3, rounded to even, those beyond 448 made 448; `low` in the lower byte. GPUs without are refused before.
 static __device__ unsigned pair(float low, float high) {
+#if __CUDA_ARCH__ >= 890
     Bits both;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
     return both;
+#else
+    return 0;
+#endif
 }
 
 template <typename Half>
@@ -41,6 +50,14 @@ static __device__ void load8(const uint4 *from, float *values) {
         values[2 * i] = Half::load((Bits)(words[i] & 0xffff));
         values[2 * i + 1] = Half::load((Bits)(words[i] >> 16));
     }
+}
+
+template <typename Half>
+static __device__ void store8(uint4 *to, const float *values) {
+    unsigned words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = Half::store(values[2 * i]) | (unsigned)Half::store(values[2 * i + 1]) << 16;
+    *to = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 static __device__ uint2 round8(const float *values, float inverse) {
@@ -107,13 +124,64 @@ static __device__ void skip_layer_norm(const Bits *in, const Bits *skip, const B
     float weight[8];
     load8<Half>((const uint4 *)(gamma + column), weight);
     load8<Half>((const uint4 *)(beta + column), other);
-    unsigned words[4];
 #pragma unroll
     for (int i = 0; i < 8; i++) values[i] = (values[i] - mean) * scale * weight[i] + other[i];
-#pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = Half::store(values[2 * i]) | (unsigned)Half::store(values[2 * i + 1]) << 16;
-    *(uint4 *)(out + row + column) = make_uint4(words[0], words[1], words[2], words[3]);
+    store8<Half>((uint4 *)(out + row + column), values);
     *(uint2 *)(rounded + row + column) = round8(values, inverse);
+}
+
+// Rows of `across` vectors of gates and as many of values: silu(gate) * value, as it is or as E4M3 of it times `inverse`.
+template <typename Half>
+static __device__ void silu_mul(const Bits *in, Bits *out, unsigned char *rounded, long long vectors, long long across,
+                                float inverse) {
+    long long place = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (place >= vectors) return;
+    const uint4 *from = (const uint4 *)in + place / across * 2 * across + place % across;
+    float gates[8], values[8];
+    load8<Half>(from, gates);
+    load8<Half>(from + across, values);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] *= gates[i] / (1.0f + __expf(-gates[i]));
+    if (rounded)
+        *((uint2 *)rounded + place) = round8(values, inverse);
+    else
+        store8<Half>((uint4 *)out + place, values);
+}
+
+// Rows of heads of queries, keys and values, taken apart; those of queries and keys are rotated by the angles of a row's
+// place, (length, size / 2), the first half of a head against the second. Two times eight values a thread.
+template <typename Half>
+static __device__ void rotary(const Bits *in, const Bits *cosines, const Bits *sines, Bits *queries, Bits *keys,
+                              Bits *contents, long long pairs, int length, int query, int key, int size, int times) {
+    long long place = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (place >= pairs) return;
+    int half = size / 2, across = half / 8, heads = query + 2 * key;
+    int vector = (int)(place % across), head = (int)(place / across % heads);
+    long long row = place / across / heads;
+    const Bits *from = in + (row * heads + head) * size + 8 * vector;
+    float low[8], high[8];
+    load8<Half>((const uint4 *)from, low);
+    load8<Half>((const uint4 *)(from + half), high);
+    if (head < query + key) {
+        long long angle = row % length * half + 8 * vector;
+        float cosine[8], sine[8];
+        load8<Half>((const uint4 *)(cosines + angle), cosine);
+        load8<Half>((const uint4 *)(sines + angle), sine);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float turned = low[i] * cosine[i] - high[i] * sine[i];
+            high[i] = high[i] * cosine[i] + low[i] * sine[i];
+            low[i] = turned;
+        }
+    }
+    bool own = head < query;
+    int written = own ? 1 : times, group = own ? head : (head - query) % key;
+    Bits *to = own ? queries : head < query + key ? keys : contents;
+    to += (row * (own ? query : key * times) + (long long)group * written) * size + 8 * vector;
+    for (int i = 0; i < written; i++, to += size) {
+        store8<Half>((uint4 *)to, low);
+        store8<Half>((uint4 *)(to + half), high);
+    }
 }
 
 #define KERNELS(name, Half)                                                                                            \
@@ -125,6 +193,15 @@ static __device__ void skip_layer_norm(const Bits *in, const Bits *skip, const B
                                                       const Bits *beta, Bits *out, unsigned char *rounded, int width,  \
                                                       float epsilon, float inverse) {                                  \
         skip_layer_norm<Half>(in, skip, gamma, beta, out, rounded, width, epsilon, inverse);                           \
+    }                                                                                                                  \
+    extern "C" __global__ void silu_mul_##name(const Bits *in, Bits *out, unsigned char *rounded, long long vectors,   \
+                                               long long across, float inverse) {                                      \
+        silu_mul<Half>(in, out, rounded, vectors, across, inverse);                                                    \
+    }                                                                                                                  \
+    extern "C" __global__ void rotary_##name(const Bits *in, const Bits *cosines, const Bits *sines, Bits *queries,    \
+                                             Bits *keys, Bits *contents, long long pairs, int length, int query,       \
+                                             int key, int size, int times) {                                           \
+        rotary<Half>(in, cosines, sines, queries, keys, contents, pairs, length, query, key, size, times);             \
     }
 
 KERNELS(float16, Float16)

@@ -7,6 +7,11 @@
  *       The same of E4M3, its result multiplied by `inverse` and rounded.
  *   Quantize (x) -> E4M3: x * inverse, rounded to even; what is beyond 448 becomes 448.
  *   SkipLayerNormQuantize (x, skip, gamma, beta) -> (norm(x + skip), the same * inverse as E4M3)
+ *   SiluMul (x (..., 2 f)) -> (..., f): silu(x[:f]) * x[f:]
+ *   SiluMulQuantize (x) -> the same * inverse as E4M3
+ *   Rotary (x (batch, L, (heads + 2 kv_heads) size), cosines (L, size / 2), sines) -> queries, keys, values (batch, L, ...)
+ *       queries and keys turned by the angles of their places, a head's first half against its second; with repeat = 1 each
+ *       head of keys and values stands there for every head of queries that reads it.
  *
  * On the CPU provider they are there in float32.
  */
@@ -18,9 +23,10 @@
 #include "host.h"
 #include "ort.h"
 
-enum { LINEAR, LINEAR_QUANTIZE, QUANTIZE, SKIP_LAYER_NORM_QUANTIZE };
-enum { INPUTS = 4, OUTPUTS = 2, AXES = 8 };
-static const char *const NAMES[] = {"Linear", "LinearQuantize", "Quantize", "SkipLayerNormQuantize"};
+enum { LINEAR, LINEAR_QUANTIZE, QUANTIZE, SKIP_LAYER_NORM_QUANTIZE, SILU_MUL, SILU_MUL_QUANTIZE, ROTARY };
+enum { INPUTS = 4, OUTPUTS = 3, AXES = 8 };
+static const char *const NAMES[] = {"Linear",  "LinearQuantize",  "Quantize", "SkipLayerNormQuantize",
+                                    "SiluMul", "SiluMulQuantize", "Rotary"};
 #define CUDA "CUDAExecutionProvider"
 
 typedef struct {
@@ -33,7 +39,7 @@ typedef struct {
 typedef struct {
     const OrtApi *api;
     const Op *op;
-    int transposed, gelu, fast, candidates;
+    int transposed, gelu, fast, candidates, heads, kv_heads, repeat;
     float scale, inverse, epsilon;
     Lane *lane;
 } Node;
@@ -66,8 +72,9 @@ static OrtStatus *create(const OrtCustomOp *base, const OrtApi *api, const OrtKe
     const struct {
         const char *name;
         int *to;
-    } numbers[] = {{"transposed", &node->transposed}, {"fast", &node->fast}, {"candidates", &node->candidates}};
-    for (size_t i = 0; i < 3; i++)
+    } numbers[] = {{"transposed", &node->transposed}, {"fast", &node->fast},         {"candidates", &node->candidates},
+                   {"heads", &node->heads},           {"kv_heads", &node->kv_heads}, {"repeat", &node->repeat}};
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         if (given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_INT64, OrtStatus *, const OrtKernelInfo *, const char *,
                                 int64_t *)(info, numbers[i].name, &number)))
             *numbers[i].to = (int)number;
@@ -211,13 +218,70 @@ static OrtStatus *skip_layer_norm(Node *node, OrtKernelContext *context, const T
     return code ? refused(node->api, why) : NULL;
 }
 
+static OrtStatus *silu_mul(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
+    void *out = NULL;
+    char why[WHY];
+    int rounds = node->op->kind == SILU_MUL_QUANTIZE;
+    Tensor shape = in[0];
+    int64_t width = shape.axes[shape.count - 1] /= 2;
+    if (2 * width != in[0].axes[in[0].count - 1])
+        return refused(node->api, "rmt_trt: the last axis of a gated activation's input is odd");
+    OrtStatus *status = output(node, context, 0, &shape, &out);
+    int64_t count = values(&shape);
+    if (status || !count) return status;
+    void *plain = rounds ? NULL : out, *low = rounds ? out : NULL;
+    if (!on_gpu(node)) {
+        host_silu_mul(in[0].data, plain, low, count / width, width, node->inverse);
+        return NULL;
+    }
+    int code = gpu_silu_mul(&node->lane, stream, node->op->input[0], in[0].data, plain, low, count / width, width,
+                            node->inverse, why);
+    return code ? refused(node->api, why) : NULL;
+}
+
+static OrtStatus *rotary(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
+    const Tensor *x = &in[0], *angles = &in[1];
+    Heads heads = {node->heads, node->kv_heads, 0, 0, 1};
+    int64_t all = node->heads + 2 * (int64_t)node->kv_heads, width = x->count == 3 ? x->axes[2] : 0;
+    if (node->heads < 1 || node->kv_heads < 1 || node->heads % node->kv_heads || !width || width % (2 * all) ||
+        angles->count != 2 || angles->axes[0] != x->axes[1] || angles->axes[1] != width / all / 2 ||
+        values(&in[2]) != values(angles))
+        return refused(node->api, "rmt_trt: the shapes of rotary positions do not fit together");
+    heads.size = (int)(width / all);
+    heads.length = (int)x->axes[1];
+    heads.times = node->repeat ? node->heads / node->kv_heads : 1;
+    void *out[3];
+    OrtStatus *status = NULL;
+    for (size_t i = 0; i < 3 && !status; i++) {
+        Tensor shape = *x;
+        shape.axes[2] = (int64_t)heads.size * (i ? node->kv_heads * heads.times : node->heads);
+        status = output(node, context, i, &shape, &out[i]);
+    }
+    int64_t rows = x->axes[0] * x->axes[1];
+    if (status || !rows) return status;
+    const void *const data[] = {x->data, angles->data, in[2].data};
+    if (!on_gpu(node)) {
+        const float *const floats[] = {data[0], data[1], data[2]};
+        float *const made[] = {out[0], out[1], out[2]};
+        host_rotary(floats, made, rows, heads.query, heads.key, heads.size, heads.length, heads.times);
+        return NULL;
+    }
+    char why[WHY];
+    int code = gpu_rotary(&node->lane, stream, node->op->input[0], data, out, rows, &heads, why);
+    return code ? refused(node->api, why) : NULL;
+}
+
 static size_t input_count(const OrtCustomOp *base) {
     size_t count = 0;
     while (count < INPUTS && ((const Op *)base)->input[count]) count++;
     return count;
 }
 
-static size_t output_count(const OrtCustomOp *base) { return ((const Op *)base)->output[1] ? 2 : 1; }
+static size_t output_count(const OrtCustomOp *base) {
+    size_t count = 0;
+    while (count < OUTPUTS && ((const Op *)base)->output[count]) count++;
+    return count;
+}
 
 static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     Node *node = kernel;
@@ -229,6 +293,9 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     switch (node->op->kind) {
         case QUANTIZE: return quantize(node, context, in, stream);
         case SKIP_LAYER_NORM_QUANTIZE: return skip_layer_norm(node, context, in, stream);
+        case SILU_MUL:
+        case SILU_MUL_QUANTIZE: return silu_mul(node, context, in, stream);
+        case ROTARY: return rotary(node, context, in, stream);
         default: return linear(node, context, in, stream);
     }
 }
@@ -272,6 +339,23 @@ static Op OPS[] = {
     {.kind = SKIP_LAYER_NORM_QUANTIZE,
      .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
      .output = {ORT_FLOAT, ORT_FLOAT8}},
+    {.kind = SILU_MUL, .provider = CUDA, .input = {ORT_FLOAT16}, .output = {ORT_FLOAT16}},
+    {.kind = SILU_MUL_QUANTIZE, .provider = CUDA, .input = {ORT_FLOAT16}, .output = {ORT_FLOAT8}},
+    {.kind = ROTARY,
+     .provider = CUDA,
+     .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
+     .output = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16}},
+    {.kind = SILU_MUL, .provider = CUDA, .input = {ORT_BFLOAT16}, .output = {ORT_BFLOAT16}},
+    {.kind = SILU_MUL_QUANTIZE, .provider = CUDA, .input = {ORT_BFLOAT16}, .output = {ORT_FLOAT8}},
+    {.kind = ROTARY,
+     .provider = CUDA,
+     .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
+     .output = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16}},
+    {.kind = SILU_MUL, .input = {ORT_FLOAT}, .output = {ORT_FLOAT}},
+    {.kind = SILU_MUL_QUANTIZE, .input = {ORT_FLOAT}, .output = {ORT_FLOAT8}},
+    {.kind = ROTARY,
+     .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
+     .output = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT}},
 };
 
 /* The domain with its operators, made once for all sessions. */

@@ -25,7 +25,7 @@ from rmt_trt.calibration import add_static
 from rmt_trt.calibration.native import Mapped, mapped
 from rmt_trt.calibration.step_graph import read_step
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.export import EngineOptions
+from rmt_trt.export import EngineOptions, fused
 from rmt_trt.export.fused.layers import Backbone, backbone_of
 from rmt_trt.runtime import machine, native
 from rmt_trt.runtime.products import products_refusal
@@ -126,6 +126,35 @@ def test_norms_give_their_result_and_the_same_rounded() -> None:
     exact = torch.nn.functional.layer_norm(x + skip, (40,), gamma, beta, 1e-3)
     np.testing.assert_allclose(found["y"], exact.numpy(), rtol=1e-5, atol=1e-5)
     assert np.array_equal(found["q"], in_fp8(torch.from_numpy(found["y"]) * 50).float().numpy())
+
+
+def test_gated_activations_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 32) * 4
+    exact = torch.nn.functional.silu(x[..., :16]) * x[..., 16:]
+    plain = computed("SiluMul", {"x": x.numpy()}, {"y": FLOAT})["y"]
+    np.testing.assert_allclose(plain, exact.numpy(), rtol=1e-5, atol=1e-6)
+    low = computed("SiluMulQuantize", {"x": x.numpy()}, {"y": FLOAT8}, inverse=9.0)["y"]
+    assert np.array_equal(low, in_fp8(torch.from_numpy(plain) * 9).float().numpy())
+
+
+@pytest.mark.parametrize("repeat", [0, 1])
+def test_rotary_positions_turn_queries_and_keys_by_their_place(repeat: int) -> None:
+    torch.manual_seed(0)
+    heads, groups, size, length = 4, 2, 16, 5
+    rows = torch.randn(3, length, heads + 2 * groups, size)
+    angles = torch.arange(length)[:, None] / 10 ** torch.linspace(0, 2, size // 2)
+    halves = torch.complex(rows[..., : size // 2], rows[..., size // 2 :]) * torch.exp(1j * angles)[:, None]
+    turned = torch.cat([halves.real, halves.imag], dim=-1)
+    inputs = {"x": rows.flatten(2), "c": angles.cos(), "s": angles.sin()}
+    found = computed(
+        "Rotary", {name: value.numpy() for name, value in inputs.items()}, {"q": FLOAT, "k": FLOAT, "v": FLOAT},
+        heads=heads, kv_heads=groups, repeat=repeat,
+    )  # fmt: skip
+    wanted = {"q": turned[:, :, :heads], "k": turned[:, :, heads:-groups], "v": rows[:, :, -groups:]}
+    for name, value in wanted.items():
+        value = value.repeat_interleave(2, 2) if repeat and name != "q" else value
+        np.testing.assert_allclose(found[name], value.flatten(2).numpy(), rtol=1e-5, atol=1e-5)
 
 
 # Which product gets which threshold
@@ -255,27 +284,42 @@ def test_twins_follow_the_recurrence_and_are_rounded_indeed(bundle: Bundle) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "reason"),
+    ("options", "reason"),
     [
-        ("bert", {"half": False}, "is to stay float32"),
-        ("bert", {"rescale": True}, "channels are rescaled"),
-        ("llama", {}, "encoders' graphs"),
+        ({"half": False}, "is to stay float32"),
+        ({"rescale": True}, "channels are rescaled"),
+        ({}, "these are parallel"),
     ],
 )
 def test_what_cannot_be_fused_is_rounded_and_says_why(
-    name: str, options: dict[str, Any], reason: str, tmp_path: Path
+    options: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = copied(name, tmp_path / "m.rmt").path
+    path = copied("bert", tmp_path / "m.rmt").path
+    if not options:
+        parallel = replace(backbone_of(made("bert").model), parallel=True)
+        monkeypatch.setattr(fused, "backbone_of", lambda model: parallel)
     if options.get("rescale"):
         first = read_step(Bundle(path))[1][0].activation
         options = {"rescale": {first: np.ones(32, np.float32)}}
-    add_static(path, ranges_of(name), "cuda", "fp8", options=EngineOptions(segments=0), **options)
+    add_static(path, ranges_of("bert"), "cuda", "fp8", options=EngineOptions(segments=0), **options)
     (entry,) = [graph for graph in Bundle(path).manifest.graphs if graph.engine == "cuda"]
     assert entry.needs == ()
     assert (entry.role, entry.head) == ("step", "all")
     emulated = Bundle(path).manifest.verification["engines"]["cuda"]["fp8"]["quantization"]["emulated"]
     assert emulated.startswith("rounded, and multiplied in float")
     assert reason in emulated
+
+
+@pytest.mark.parametrize(("name", "products"), [("gpt2", 12), ("llama", 8)])
+def test_decoders_multiply_in_fp8_too(name: str, products: int, tmp_path: Path) -> None:
+    path = copied(name, tmp_path / "m.rmt").path
+    made_of = add_static(path, ranges_of(name), "cuda", "fp8", options=replace(CHECK, segments=3))
+    assert made_of.plain is None
+    assert made_of.fused["FP8 product"] == products
+    assert made_of.report is not None
+    worst = made_of.report.to_json()["worst"]
+    assert 1e-3 < worst < 0.4
+    assert {graph.head for graph in made_of.entries} == {"none", "last", "all", "loglik"}
 
 
 # What is refused

@@ -76,7 +76,7 @@ def fused_graphs(
     contract, states in float32.
     grouped  whether attention with rotary positions may be GroupQueryAttention, which the CUDA provider has for half
              precision only; None takes what fits the dtype
-    native   by which of rmt-trt's own operators all graphs are written, for an encoder; None is none. dtype "fp8" has
+    native   by which of rmt-trt's own operators all graphs are written; None is none. dtype "fp8" has
              thresholds in it, and is float16 where it is not in FP8
     beside   also writes graphs with these operators, where that is quicker: `cuda-DTYPE-native-ROLE-HEAD.onnx`
     by_nodes each operator in the graphs beside is written as the nodes that it stands for, and nothing is needed
@@ -88,8 +88,6 @@ def fused_graphs(
         raise ContractError(f"dtype is {dtype!r}; graphs with fused nodes are written in {', '.join(FLOATS)}")
     if any(state.dtype != "float32" for state in spec.states):
         raise CannotFuse("the step carries its memory in float16, and fused graphs carry it in float32")
-    if native is not None and spec.form != "encoder":
-        raise CannotFuse(f"our own operators are written into encoders' graphs, and this is form '{spec.form}'")
     backbone = backbone_of(model)
     metadata = to_metadata(spec, {"memory": model.memory.detach().numpy()})
     weights = Weights(folder / f"cuda-{dtype}.data", half)
@@ -137,4 +135,4 @@ def _step(graph: Graph, model: RMTModel, spec: StepSpec, backbone: Backbone, var
     if spec.form == "encoder":
         encoder_step(graph, model.config, spec, backbone, variant.role, head, variant.separate, variant.native)
     else:
-        decoder_step(graph, model.config, spec, backbone, variant.role, head, separate=variant.separate)
+        decoder_step(graph, model.config, spec, backbone, variant.role, head, variant.separate, variant.native)

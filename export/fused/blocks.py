@@ -177,10 +177,15 @@ def rotary_attention(
     graph: Graph, value: ir.Value, layer: Layer, backbone: Backbone, name: Names, length: int, last: ir.Value
 ) -> ir.Value:
     """Causal attention with rotary positions and grouped queries. last (batch,) int32: length - 1 of every row."""
+    return attended(graph, linear(graph, value, packed(layer), name("qkv")), layer, backbone, name, length, last)
+
+
+def attended(
+    graph: Graph, qkv: ir.Value, layer: Layer, backbone: Backbone, name: Names, length: int, last: ir.Value
+) -> ir.Value:
+    """The same, of what its product gives: (batch, L, (h + 2 g) * head size)."""
     assert backbone.rotary is not None
     cos, sin = (graph.weight(f"rotary.{n}", t) for n, t in zip(("cos", "sin"), backbone.rotary, strict=True))
-    both = packed(layer)
-    qkv = linear(graph, value, both, name("qkv"))
     inputs: tuple[ir.Value | None, ...] = (qkv, None, None)
     if grouped_kernel(graph, backbone):
         if layer.query_norm is not None:

@@ -16,6 +16,8 @@ from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
 from rmt_trt.export.fused.layers import Backbone, Linear
+from rmt_trt.export.fused.native import Native
+from rmt_trt.export.fused.native_decoder import decoder_layers
 from rmt_trt.model.config import ModelConfig
 from rmt_trt.runtime.signature import LOGLIK
 
@@ -34,15 +36,30 @@ class Layout:
 
 
 def decoder_step(
-    graph: Graph, config: ModelConfig, spec: StepSpec, backbone: Backbone, role: str, head: str, separate: bool
+    graph: Graph,
+    config: ModelConfig,
+    spec: StepSpec,
+    backbone: Backbone,
+    role: str,
+    head: str,
+    separate: bool,
+    native: Native | None = None,
 ) -> None:
-    """Writes the whole step into `graph`. separate: query, key and value by three products."""
+    """Writes the whole step into `graph`. separate: query, key and value by three products. native: by which of our own
+    operators. Errors: CannotFuse, for a backbone that has no place for them."""
     state = spec.states[0]
     memory = graph.input(state.input, ir.DataType.FLOAT, ("batch", *state.shape))
     segment = graph.input(SEGMENT, ir.DataType.INT64, ("batch", spec.segment_length))
     layout = Layout(config.num_memory, spec.segment_length, None if role == "full" else _count(graph, segment))
     rows = _rows(graph, backbone, layout, memory, segment)
-    value = _layers(graph, backbone, layout, rows, segment, separate)
+    last = None
+    if backbone.rotary is not None:
+        batch = graph.node("Shape", segment, start=0, end=1)
+        last = graph.node("Expand", graph.constant([layout.length - 1], np.int32), batch)
+    if native is None:
+        value = _layers(graph, backbone, layout, rows, last, separate)
+    else:
+        value = decoder_layers(graph, native, backbone, layout.length, rows, last, separate)
 
     written = graph.to_float(_span(graph, value, layout, layout.memory, layout.memory))
     if layout.count is not None:
@@ -53,13 +70,9 @@ def decoder_step(
 
 
 def _layers(
-    graph: Graph, backbone: Backbone, layout: Layout, rows: ir.Value, segment: ir.Value, separate: bool
+    graph: Graph, backbone: Backbone, layout: Layout, rows: ir.Value, last: ir.Value | None, separate: bool
 ) -> ir.Value:
     """(batch, L, d) after the final norm. Every norm adds the residual that comes before it."""
-    last = None
-    if backbone.rotary is not None:
-        batch = graph.node("Shape", segment, start=0, end=1)
-        last = graph.node("Expand", graph.constant([layout.length - 1], np.int32), batch)
     total = rows
     value = blocks.norm(graph, rows, backbone.layers[0].norm1, "layer0.norm1")
     for number, layer in enumerate(backbone.layers):

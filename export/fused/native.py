@@ -30,6 +30,9 @@ class Native:
     thresholds  what the inputs of products in FP8 are cut at, by product ("layer0.qkv", .out, .up, .down); a product
                 without one stays in the graph's dtype
     norm, inner a norm, and the MLP's first product, round their results for the product behind them
+    rotary      positions of a decoder by a kernel of our own, before attention over "grouped" heads, or over heads of keys and
+                values "repeated" for every head of queries; "" leaves them to GroupQueryAttention
+    gated       a gated MLP's first two products are one, with their activation in one node behind it
     packed      query, key and value in FP8 are one product where nothing is masked, not three
     candidates  how many of cuBLASLt's algorithms are tried out for a product; 1 takes the first that it proposes
     by_nodes    writes a product of the graph's dtype as the nodes of ONNX Runtime that it stands for
@@ -44,6 +47,8 @@ class Native:
     norm: bool = True
     inner: bool = True
     packed: bool = False
+    rotary: str = ""
+    gated: bool = True
     candidates: int = 1
     fast: bool = True
     by_nodes: bool = False
@@ -157,7 +162,7 @@ def encoder_layers(
         value, low = skip_norm(
             graph, native, mixed, value, bias, layer.norm1, name("norm1"), native.threshold(name("up"))
         )
-        inner, bias = _mlp(graph, native, value, low, layer, backbone.activation, name)
+        inner, bias = mlp(graph, native, value, low, layer, backbone.activation, name)
         following = native.threshold(f"layer{number + 1}.qkv")
         value, low = skip_norm(graph, native, inner, value, bias, layer.norm2, name("norm2"), following)
     return value
@@ -211,7 +216,7 @@ def _packed_attention(
     return graph.node("MultiHeadAttention", *inputs, domain=MICROSOFT, fused="attention", num_heads=heads)
 
 
-def _mlp(
+def mlp(
     graph: Graph, native: Native, value: ir.Value, low: Rounded | None, layer: Layer, kind: str, name: Names
 ) -> tuple[ir.Value, ir.Value | None]:
     """Both products and the activation between them, and the bias that is still to be added."""
