@@ -296,14 +296,15 @@ def _verify(
         engine = "cpu"
         made, stage = replace(made, verified_on=engine), _for_cpu(bundle, made, stage, twin)
         return replace(made, report=verified())
-    if made.native is None:
+    own = made.native
+    if own is None:
         return replace(made, report=verified())
     _fill(stage, bundle, replace(made, entries=tuple(entry for entry in made.entries if not entry.needs)))
     made, reason = replace(made, report=verified()), native.unused()
     if reason is not None:
-        return replace(made, native=replace(made.native, unverified=reason))
+        return replace(made, native=replace(own, unverified=reason))
     _fill(stage, bundle, made)
-    return replace(made, native=replace(made.native, report=verified()))
+    return replace(made, native=replace(own, report=verified()))
 
 
 def _unverified(made: EngineGraphs, reason: str) -> EngineGraphs:

@@ -5,6 +5,7 @@ What they do on a GPU is in test_native_gpu.py.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -27,7 +28,9 @@ from stand_in import host_gpu
 
 from rmt_trt import ContractError, EngineError, RMTRuntime
 from rmt_trt.bundle import Bundle, add_files
-from rmt_trt.export import EngineOptions, add_engine_graphs
+from rmt_trt.commands import info
+from rmt_trt.commands import verify as verify_command
+from rmt_trt.export import EngineOptions, add_engine_graphs, engine_graphs
 from rmt_trt.export.fused import FusedGraphs, fused_graphs
 from rmt_trt.export.graph_check import check_graphs
 from rmt_trt.export.native_check import by_nodes, with_tanh_gelu
@@ -192,7 +195,7 @@ def written(model: Any, folder: Path, **options: Any) -> FusedGraphs:
 @pytest.mark.parametrize("nodes", [False, True], ids=["operators", "nodes"])
 @pytest.mark.parametrize("name", models.ENCODERS)
 def test_graphs_with_native_products_follow_the_recurrence(name: str, nodes: bool, tmp_path: Path) -> None:
-    model = made(name).model
+    model = models.make_model(name)
     graphs = written(model, tmp_path, by_nodes=nodes)
     uses = {(entry.role, entry.head, entry.min_batch) for entry in graphs.native}
     assert uses == {
@@ -227,7 +230,7 @@ def test_of_another_activation_only_large_batches_gain(tmp_path: Path) -> None:
 
 
 def test_a_decoder_has_none(tmp_path: Path) -> None:
-    assert written(made("gpt2").model, tmp_path).native == ()
+    assert written(models.make_model("gpt2"), tmp_path).native == ()
 
 
 def matrices(path: Path) -> set[tuple[str, ...]]:
@@ -269,6 +272,25 @@ def test_twins_of_large_models_and_without_the_library_are_written_with_nodes(mo
     assert by_nodes(model, replace(spec, segment_length=1 << 20))
     monkeypatch.setattr(native, "library", lambda: None)
     assert by_nodes(model, spec)
+
+
+def test_on_its_engine_an_export_verifies_both_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = Path(shutil.copytree(made("bert").bundle, tmp_path / "model.rmt")), []
+
+    def verified(stage: Path, engine: str, *rest: Any) -> Any:
+        seen.append({graph.needs for graph in Bundle(stage).manifest.graphs if graph.engine == engine})
+        return made("bert").report
+
+    monkeypatch.setattr(engine_graphs, "refusal", lambda *arguments: None)
+    monkeypatch.setattr(engine_graphs, "_verified", verified)
+    options = EngineOptions(check_segments=0)
+    own = add_engine_graphs(path, "cuda", "fp16", options=options).native
+    assert own is not None
+    assert (seen, own.report is None, own.unverified) == ([{()}, {(), ("native",)}], False, None)
+    monkeypatch.setattr(native, "library", lambda: None)
+    own = add_engine_graphs(path, "cuda", "fp16", options=options).native
+    assert own is not None
+    assert (seen[2:], own.report, own.unverified) == ([{()}], None, native.INSTALL)
 
 
 # The engine
@@ -345,3 +367,32 @@ def test_a_switch_that_is_neither_on_nor_off_is_refused(bundle: Path, monkeypatc
     monkeypatch.setenv(native.SWITCH, "no")
     with host_gpu(), pytest.raises(ContractError, match="RMT_NATIVE is 'no'; expected 0"):
         open_cuda(bundle, "fp32")
+
+
+def test_rmt_info_says_whether_they_are_used(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {}
+    for switch in ("1", "0"):
+        monkeypatch.setenv(native.SWITCH, switch)
+        info.info(bundle, as_json=True)
+        said[switch] = json.loads(capsys.readouterr().out)["native"]
+    assert said["1"] == {"library": native.library(), "not_used": None}
+    assert said["0"]["not_used"] == "RMT_NATIVE=0 leaves them out"
+
+
+def test_a_verdict_is_recorded_beside_the_graphs_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(shutil.copytree(made("bert").bundle, tmp_path / "model.rmt"))
+    add_engine_graphs(path, "cuda", "fp16", options=EngineOptions(check_segments=0, segments=0))
+    report = replace(made("bert").report, engine="cuda", dtype="fp16")
+
+    def proven() -> list[bool]:
+        record = Bundle(path).manifest.verification["engines"]["cuda"]["fp16"]
+        return [record["verification"] is not None, record["native"]["verification"] is not None]
+
+    assert proven() == [False, False]
+    verify_command._record(path, report)
+    assert proven() == [False, True]
+    monkeypatch.setenv(native.SWITCH, "0")
+    verify_command._record(path, report)
+    assert proven() == [True, True]

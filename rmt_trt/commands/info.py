@@ -24,6 +24,7 @@ from rmt_trt.commands.engines_table import (
 from rmt_trt.commands.layers import Look, show_layers
 from rmt_trt.commands.report import drift_table, graphs_table
 from rmt_trt.errors import FormatError
+from rmt_trt.runtime import native
 from rmt_trt.runtime.engines import PREFERENCE, refusal
 from rmt_trt.runtime.providers import providers
 from rmt_trt.runtime.source import Source, open_source
@@ -66,7 +67,8 @@ def info(
     refusals = {name: refusal(name, source, None, device) for name in PREFERENCE}
     files, gpu, found = engine_rows(source, device), gpu_facts(device), providers(device)
     if as_json:
-        more = {"engine_files": files, "gpu": gpu, "providers": providers_json(found)}
+        own = {"library": native.library(), "not_used": native.unused()}
+        more = {"native": own, "engine_files": files, "gpu": gpu, "providers": providers_json(found)}
         print(json.dumps(_as_json(source, refusals) | more, indent=2))
         return
     screen = Console(highlight=False, markup=False, emoji=False)
@@ -139,9 +141,16 @@ def _engine_table(refusals: dict[str, str | None]) -> Table:
     table.add_column("engine")
     table.add_column("runs")
     table.add_column("why not")
+    table.caption_justify, table.caption = "left", printable(f"native products of 'cuda': {_native_line()}")
     for name, reason in refusals.items():
         table.add_row(name, "no" if reason else "yes", printable(reason or ""))
     return table
+
+
+def _native_line() -> str:
+    """Whether graphs with rmt-trt's own operators are taken here."""
+    reason = native.unused()
+    return f"from {native.library()}" if reason is None else f"not used: {reason}"
 
 
 def main() -> None:

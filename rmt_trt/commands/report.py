@@ -131,7 +131,7 @@ def _proof_lines(record: Mapping[str, Any]) -> list[str]:
     """How graphs were checked and verified."""
     lines, check, verdict = [], record.get("check"), record.get("verification")
     if isinstance(check, dict):
-        by = TWINS.get(check.get("by"), "")
+        by = TWINS.get(str(check.get("by")), "")
         lines.append(
             f"  checked on the CPU provider in {_value(check.get('dtype'))}: largest error {_value(check.get('worst'))} "
             f"over {_value(check.get('segments'))} segments{by and f', {by}'}"

@@ -180,8 +180,10 @@ def _require(reports: tuple[Report, ...]) -> None:
 
 
 def _record(path: Path, report: Report) -> None:
-    """Puts the verdict into the manifest, beside what the export recorded of these graphs."""
+    """Puts the verdict into the manifest, beside what the export recorded of these graphs: of graphs with native products,
+    where these were what ran, beside theirs."""
     from rmt_trt.export.added import recorded, summary
+    from rmt_trt.runtime import native
 
     def changed(old: dict[str, Any]) -> dict[str, Any]:
         engines = old.get("engines")
@@ -190,7 +192,10 @@ def _record(path: Path, report: Report) -> None:
         record = dict(record) if isinstance(record, dict) else {}
         record.pop("verified_on", None)
         verdict = summary(report) | {"accepted_drift": False}  # nobody was asked to keep it
-        return recorded(old, report.engine, report.dtype, {**record, "verification": verdict, "unverified": None})
+        own, proof = record.get("native"), {"verification": verdict, "unverified": None}
+        if isinstance(own, dict) and native.unused() is None:
+            proof = {"native": {**own, **proof}}
+        return recorded(old, report.engine, report.dtype, {**record, **proof})
 
     add_files(path, {}, verification=changed)
 
