@@ -1,6 +1,6 @@
-"""What rmt-trt's own operators give on this GPU: products alone, and the BERT-base step with and without them.
+"""What rmt-trt's own operators give on this GPU: products alone, and steps of BERT-base, GPT-2 and Llama with and without.
 
-    python -m rmt_trt.benchmarks.native_products [--out FOLDER] [--part products|step] [--seconds 80]
+    python -m rmt_trt.benchmarks.native_products [--out FOLDER] [--part products|decoders|step] [--seconds 65]
 
 Each part runs in a process of its own and writes `native-PART.json`; what fails is printed with its message, and the next
 one is measured. Everything is replayed from CUDA graphs that ONNX Runtime captured.
@@ -29,7 +29,7 @@ import numpy as np
 from rmt_trt.errors import require
 from rmt_trt.runtime import native
 
-PARTS = ("products", "step")
+PARTS = ("products", "decoders", "step")
 # How products are asked of cuBLASLt, in the order of `Setting` in native/gpu.c. Those to FP8 take the first of the others
 # that it accepts.
 SETTINGS = ("plain", "no C", "C elsewhere", "all scales", "rounded apart")
@@ -108,10 +108,12 @@ class Machine:
 
 
 def measured(
-    machine: Machine, cases: Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]], path: Path
+    machine: Machine,
+    cases: Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]],
+    path: Path,
+    rows: list[dict[str, Any]],
 ) -> None:
-    """Runs every case and keeps what came of it, after each."""
-    rows: list[dict[str, Any]] = []
+    """Runs every case and keeps what came of it beside `rows`, after each."""
     for labels, case in cases:
         if time.monotonic() > machine.until:
             found: dict[str, Any] = {"error": "no time was left"}
@@ -297,22 +299,28 @@ def run_part(part: str, out: Path, seconds: float) -> None:
     print(f"{part}: {name}, onnxruntime {machine.ort.__version__}, torch {machine.torch.__version__}", flush=True)
     path = out / f"native-{part}.json"
     if part == "products":
-        measured(machine, product_cases(machine), path)
+        measured(machine, product_cases(machine), path, [])
         return
-    with tempfile.TemporaryDirectory() as folder:
-        from rmt_trt.benchmarks.native_steps import Step, step_cases
+    from rmt_trt.benchmarks import native_steps as steps
 
-        step = Step(machine, Path(folder))
-        print(f"the model is ready, {machine.until - time.monotonic():.0f} s are left", flush=True)
-        measured(machine, step_cases(step), path)
-        step.weights.close()
+    kinds: dict[str, list[tuple[str, int, int | None, Any]]] = {
+        "step": [("bert-base", 32, None, steps.bert_cases)],
+        "decoders": [("llama-1b", 8, 4, steps.llama_cases), ("gpt2-small", 32, None, steps.gpt2_cases)],
+    }
+    rows: list[dict[str, Any]] = []
+    for preset, batch, layers, cases in kinds[part]:
+        with tempfile.TemporaryDirectory() as folder:
+            step = steps.Step(machine, Path(folder), preset, batch, layers)
+            print(f"{preset} is ready, {machine.until - time.monotonic():.0f} s are left", flush=True)
+            measured(machine, cases(step), path, rows)
+            step.weights.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures rmt-trt's own operators on this GPU.")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--seconds", type=float, default=80, help="for each part")
+    parser.add_argument("--seconds", type=float, default=65, help="for each part")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part:

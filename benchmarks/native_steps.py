@@ -1,10 +1,10 @@
-"""Whole steps with rmt-trt's own operators in several ways: the part "step" of `native_products`."""
+"""Whole steps with rmt-trt's own operators in several ways: the parts "step" and "decoders" of `native_products`."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,24 @@ from typing import Any
 
 from rmt_trt.benchmarks.native_products import FLOAT, INT64, Bound, Machine, distance, product_settings, settings_since
 
+Cases = Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]
+INPUTS = {  # of each layer's products, by module
+    "bert": {
+        "qkv": "attention.self.query", "out": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense",
+    },
+    "gpt2": {"qkv": "attn.c_attn", "out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
+    "llama": {"qkv": "self_attn.q_proj", "out": "self_attn.o_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
+}  # fmt: skip
+LAYERS = {"bert": "bert.encoder.layer", "gpt2": "transformer.h", "llama": "model.layers"}
+
 
 class Step:
-    """BERT-base with random weights, its fp32 step as reference, thresholds for FP8, and its graphs."""
+    """A preset with random weights, its fp32 step as reference, thresholds for FP8, and its graphs.
 
-    def __init__(self, machine: Machine, folder: Path) -> None:
+    batch: of the reference, the largest that is measured. layers: so many instead of the preset's, where these take long.
+    """
+
+    def __init__(self, machine: Machine, folder: Path, preset: str, batch: int, layers: int | None = None) -> None:
         torch = machine.torch
         from rmt_trt.benchmarks.presets import preset_config
         from rmt_trt.export.fused.graph import Weights
@@ -24,27 +37,29 @@ class Step:
         from rmt_trt.model.step import build_model, model_spec
 
         torch.manual_seed(0)
-        self.machine, self.folder = machine, folder
-        self.model = build_model(preset_config("bert-base")).eval()
+        self.machine, self.folder, self.batch = machine, folder, batch
+        config = preset_config(preset)
+        if layers is not None:
+            config = replace(config, backbone={**config.backbone, "num_hidden_layers": layers})
+        self.model = build_model(config).eval()
         self.spec = model_spec(self.model)
         self.backbone = backbone_of(self.model)
-        self.weights = Weights(folder / "weights.data", "fp16")
+        self.weights = Weights(folder / f"{preset}.data", "fp16")
         self.memory = self.model.memory.detach()[None].clone()
-        self.segments = torch.randint(1000, 28000, (32, self.spec.segment_length))
+        self.segments = torch.randint(1000, 28000, (batch, self.spec.segment_length))
         self.thresholds: dict[str, float] = {}
         self.exact = self._reference()
         self._sessions: dict[Any, Any] = {}
 
     def _reference(self) -> dict[int, Any]:
-        """The memory after 1 and after 16 steps over the same segment, of 32 documents, in fp32 without TF32."""
+        """The memory after 1 and after 16 steps over the same segment of every document, in fp32 without TF32."""
         torch = self.machine.torch
         model: Any = copy.deepcopy(self.model).cuda()
-        for number, layer in enumerate(model.backbone.bert.encoder.layer):
-            inputs = {"qkv": layer.attention.self.query, "out": layer.attention.output.dense,
-                      "up": layer.intermediate.dense, "down": layer.output.dense}  # fmt: skip
-            for name, module in inputs.items():
-                module.register_forward_pre_hook(self._seen(f"layer{number}.{name}"))
-        memory, found = self.memory.expand(32, -1, -1).cuda(), {}
+        kind = self.model.config.backbone["model_type"]
+        for number, layer in enumerate(model.backbone.get_submodule(LAYERS[kind])):
+            for name, module in INPUTS[kind].items():
+                layer.get_submodule(module).register_forward_pre_hook(self._seen(f"layer{number}.{name}"))
+        memory, found = self.memory.expand(self.batch, -1, -1).cuda(), {}
         with torch.no_grad():
             for count in range(1, 17):
                 memory = model(memory, self.segments.cuda())[0]
@@ -91,27 +106,26 @@ class Step:
         return {"milliseconds": spent / 1000, **errors, "settings": settings_since(before)}
 
     def _session(self, options: Any, separate: bool) -> Any:
+        from rmt_trt.export.fused.decoder import decoder_step
         from rmt_trt.export.fused.encoder import encoder_step
         from rmt_trt.export.fused.graph import Graph
 
         graph = Graph(self.weights)
-        encoder_step(graph, self.model.config, self.spec, self.backbone, "full", "none", separate, options)
+        write = encoder_step if self.spec.form == "encoder" else decoder_step
+        write(graph, self.model.config, self.spec, self.backbone, "full", "none", separate, options)
         path = self.folder / "step.onnx"
         graph.save(path, {})
         self.weights.flush()
         return self.machine.session(str(path))
 
 
-def step_cases(step: Step) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+def bert_cases(step: Step) -> Cases:
     from rmt_trt.export.fused.native import Native
 
     low = step.thresholds
-
-    def only(*products: str) -> dict[str, float]:
-        return {name: value for name, value in low.items() if name.rpartition(".")[2] in products}
-
+    mlp = _only(low, "up", "down")
     no = Native(qkv=False, out=False, up=False, down=False)
-    some = only("qkv", "up", "down")
+    some = _only(low, "qkv", "up", "down")
     variants: list[tuple[str, Any, tuple[bool, ...]]] = [
         ("ONNX Runtime's products", None, (True, False)),
         ("gelu", Native(qkv=False, out=False, down=False), (False,)),
@@ -122,8 +136,8 @@ def step_cases(step: Step) -> Iterator[tuple[dict[str, Any], Callable[[], dict[s
         ("fp8, out in fp16", Native(thresholds=some), (True,)),
         ("fp8, out in fp16, packed", Native(thresholds=some, packed=True), (True,)),
         ("fp8, out in fp16 by ORT", Native(thresholds=some, out=False), (True,)),
-        ("fp8 mlp", Native(thresholds=only("up", "down")), (True, False)),
-        ("fp8 mlp, others by ORT", replace(no, thresholds=only("up", "down")), (True, False)),
+        ("fp8 mlp", Native(thresholds=mlp), (True, False)),
+        ("fp8 mlp, others by ORT", replace(no, thresholds=mlp), (True, False)),
         ("fp8, 8 candidates", Native(thresholds=low, candidates=8), (True,)),
         ("fp8, packed, 8 candidates", Native(thresholds=low, packed=True, candidates=8), (True,)),
         ("fp8, inner rounded apart", Native(thresholds=low, inner=False), (True,)),
@@ -134,6 +148,54 @@ def step_cases(step: Step) -> Iterator[tuple[dict[str, Any], Callable[[], dict[s
     ]
     for name, options, ways in variants:
         for separate in ways:
-            for batch in (1, 32) if separate else (1,):
+            for batch in (1, step.batch) if separate else (1,):
                 labels = {"variant": name, "separate": separate, "batch": batch}
                 yield labels, partial(step.measure, options, separate, batch)
+
+
+def gpt2_cases(step: Step) -> Cases:
+    from rmt_trt.export.fused.native import Native
+
+    mlp = _only(step.thresholds, "up", "down")
+    variants: list[tuple[str, Any, tuple[bool, ...]]] = [
+        ("ONNX Runtime's products", None, (False, True)),
+        ("gelu", Native(qkv=False, out=False, down=False), (False, True)),
+        ("all fp16", Native(), (True,)),
+        ("fp8", Native(thresholds=step.thresholds), (True,)),
+        ("fp8 mlp", Native(thresholds=mlp), (True,)),
+    ]
+    for name, options, ways in variants:
+        for separate in ways:
+            for batch in (1, step.batch):
+                labels = {"model": "gpt2-small", "variant": name, "separate": separate, "batch": batch}
+                yield labels, partial(step.measure, options, separate, batch)
+
+
+def llama_cases(step: Step) -> Cases:
+    """Its layers alone cost: `layers` of 16 are measured."""
+    from rmt_trt.export.fused.native import Native
+
+    no, low = Native(qkv=False, out=False, up=False, down=False), step.thresholds
+    mlp = _only(low, "up", "down")
+    variants: list[tuple[str, Any]] = [
+        ("ONNX Runtime's nodes", None),
+        ("gate and up in one", no),
+        ("rotary, grouped", replace(no, gated=False, rotary="grouped")),
+        ("rotary, repeated", replace(no, gated=False, rotary="repeated")),
+        ("gate and up in one, rotary, grouped", replace(no, rotary="grouped")),
+        ("gate and up in one, rotary, repeated", replace(no, rotary="repeated")),
+        ("all fp16, rotary, grouped", Native(rotary="grouped")),
+        ("all fp16, rotary, repeated", Native(rotary="repeated")),
+        ("all fp16, rotary, repeated, 8 candidates", Native(rotary="repeated", candidates=8)),
+        ("fp8", Native(thresholds=low)),
+        ("fp8, rotary, repeated", Native(thresholds=low, rotary="repeated")),
+        ("fp8 mlp, rotary, repeated", Native(thresholds=mlp, rotary="repeated")),
+    ]
+    for name, options in variants:
+        for batch in (1, step.batch):
+            labels = {"model": "llama-1b", "layers": len(step.backbone.layers), "variant": name, "batch": batch}
+            yield labels, partial(step.measure, options, False, batch)
+
+
+def _only(thresholds: Mapping[str, float], *products: str) -> dict[str, float]:
+    return {name: value for name, value in thresholds.items() if name.rpartition(".")[2] in products}
