@@ -13,20 +13,22 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from gpu import require_gpu
 from hardware import require_native
-from models import S, made
+from models import S, example_bundle, made
 from onnx import TensorProto, helper
 from quantized import ranges_of
 from stand_in import host_gpu
 
 from rmt_trt import EngineError, RMTRuntime
 from rmt_trt.bundle import Bundle
-from rmt_trt.calibration import add_static
+from rmt_trt.calibration import CollectOptions, Source, add_static, collect
 from rmt_trt.calibration.native import Mapped, mapped
 from rmt_trt.calibration.step_graph import read_step
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.export import EngineOptions, fused
 from rmt_trt.export.fused.layers import Backbone, backbone_of
+from rmt_trt.export.verify import random_document, relative_error
 from rmt_trt.runtime import machine, native
 from rmt_trt.runtime.products import products_refusal
 
@@ -320,6 +322,27 @@ def test_decoders_multiply_in_fp8_too(name: str, products: int, tmp_path: Path) 
     worst = made_of.report.to_json()["worst"]
     assert 1e-3 < worst < 0.4
     assert {graph.head for graph in made_of.entries} == {"none", "last", "all", "loglik"}
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_has_fp8_runs_the_graphs_as_their_twins_say(tmp_path: Path) -> None:
+    require_gpu()
+    path = tmp_path / "memorize.rmt"
+    shutil.copytree(example_bundle(), path)
+    spec = Bundle(path).spec
+    ids = random_document(spec, 6 * spec.segment_length, 1)
+    found = collect(path, [Source("random", lambda: ids)], CollectOptions())
+    made_of = add_static(path, found, "cuda", "fp8", options=replace(CHECK, segments=16))
+    assert made_of.verified_on is None
+    assert made_of.report is not None
+    assert made_of.report.agreement >= 0.9
+    assert 1e-3 < made_of.report.to_json()["worst"] < 0.3
+    with RMTRuntime(path, engine="cuda", dtype="fp8") as runtime:
+        tokens = [random_document(spec, length, 2) for length in (3 * spec.segment_length, 5, spec.segment_length + 1)]
+        together = runtime.run(tokens)
+        for row, document in enumerate(tokens):
+            alone = runtime.run(document)
+            assert relative_error(together.memory[row], alone.memory) < 0.2
 
 
 # What is refused
