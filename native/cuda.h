@@ -65,7 +65,7 @@ typedef struct {
     int (*MemFree)(uint64_t);
     int (*MemsetD32Async)(uint64_t, unsigned, size_t, void *stream);
     int (*StreamIsCapturing)(void *, int *);
-    int (*StreamSynchronize)(void *);
+    int (*CtxSynchronize)(void);
     int (*EventCreate)(void **, unsigned);
     int (*EventRecord)(void *, void *stream);
     int (*EventSynchronize)(void *);

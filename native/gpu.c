@@ -124,7 +124,7 @@ static int libraries(char *why) {
         {&driver.MemFree, "cuMemFree_v2"},
         {&driver.MemsetD32Async, "cuMemsetD32Async"},
         {&driver.StreamIsCapturing, "cuStreamIsCapturing"},
-        {&driver.StreamSynchronize, "cuStreamSynchronize"},
+        {&driver.CtxSynchronize, "cuCtxSynchronize"},
         {&driver.EventCreate, "cuEventCreate"},
         {&driver.EventRecord, "cuEventRecord"},
         {&driver.EventSynchronize, "cuEventSynchronize"},
@@ -206,7 +206,7 @@ void gpu_release(Lane *lane) {
             }
         /* At a process's end the driver may be gone before the session, and its memory with it. */
         if (driver.CtxPushCurrent(lane->context) == 0) {
-            driver.StreamSynchronize(lane->stream);
+            driver.CtxSynchronize(); /* not the stream: a session may be dropped after its owner ended that */
             for (Plan *plan = lane->plans, *next; plan; plan = next) {
                 next = plan->next;
                 dropped(plan);
