@@ -22,11 +22,11 @@ from rich.console import Console
 
 from rmt_trt.benchmarks.command_line import shown
 from rmt_trt.benchmarks.machine import Meters, describe
-from rmt_trt.benchmarks.ours import texts
+from rmt_trt.benchmarks.ours import run_call, texts
 from rmt_trt.benchmarks.plan import documents
 from rmt_trt.benchmarks.rows import Results, Row
 from rmt_trt.benchmarks.tables import Section, in_mb, in_ms, markdown_table, screen_table
-from rmt_trt.benchmarks.timing import Timing
+from rmt_trt.benchmarks.timing import Call, Timing
 from rmt_trt.bundle import Bundle
 from rmt_trt.commands.app import new_app, run_command
 from rmt_trt.commands.engine_options import parse_dtypes
@@ -143,11 +143,11 @@ def measure_steps(
                 runtimes[name] = stack.enter_context(
                     RMTRuntime(bundle, engine=engine, dtype=name, device=device, threads=threads, max_batch=batch)
                 )
-        calls = {}
+        calls: dict[str, Call] = {}
         for name, runtime in runtimes.items():
             size = runtime.spec.segment_length
             tokens = texts(documents(runtime.spec, batch, steps * size).reshape(batch, steps, size).swapaxes(0, 1))
-            calls[name] = lambda runtime=runtime, tokens=tokens: runtime.run(tokens, alignment="left")
+            calls[name] = run_call(runtime, tokens)
             calls[name]()
         samples: dict[str, list[float]] = {name: [] for name in calls}
         for done in range(1, repeat + 1):
