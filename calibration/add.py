@@ -15,6 +15,7 @@ from rmt_trt.calibration.ranges import Ranges
 from rmt_trt.calibration.static import FP8, INT8, UINT8_INT8, Kind, Rescale, static_graph
 from rmt_trt.calibration.weights import BITS, BLOCK, half_weights_graph, weights_graph
 from rmt_trt.errors import ContractError, FormatError
+from rmt_trt.runtime.products import NO_INT8_ON_CUDA
 
 if TYPE_CHECKING:
     from rmt_trt.export.engine_graphs import EngineGraphs, EngineOptions
@@ -25,12 +26,13 @@ WITHOUT_DATA = {"cpu": (DYNAMIC, *BITS), "cuda": tuple(BITS)}  # engine -> dtype
 STATIC = {
     ("cpu", "int8"): UINT8_INT8,
     ("cpu", "fp8"): FP8,
-    **{(engine, "int8"): INT8 for engine in ("cuda", "tensorrt", "tensorrt-rtx")},
+    **{(engine, "int8"): INT8 for engine in ("tensorrt", "tensorrt-rtx")},
     **{(engine, "fp8"): FP8 for engine in ("cuda", "tensorrt", "tensorrt-rtx")},
 }
 NATIVE = ("cuda", "fp8")  # by rmt-trt's own operators, where the model's backbone can be fused
 # ONNX Runtime multiplies these in float: tensors are rounded as they would be, and nothing gets faster.
-EMULATED = (("cpu", "fp8"), ("cuda", "int8"), ("cuda", "fp8"))
+EMULATED = (("cpu", "fp8"), ("cuda", "fp8"))
+UNTRIED = "graphs of this kind had never run on a GPU when this version was made"
 
 
 def add_static(
@@ -61,7 +63,7 @@ def add_static(
     """
     kind = STATIC.get((engine, dtype))
     if kind is None:
-        raise ContractError(f"no static graph is made in {dtype!r} for engine {engine!r}; {dtypes_of(engine)}")
+        raise ContractError(f"no static graph is made in {dtype!r} for engine {engine!r}; {dtypes_of(engine, dtype)}")
     if half and engine == "cpu":
         raise ContractError(
             "half is for the engines of a GPU; ONNX Runtime computes in float32 on the CPU. Leave it out"
@@ -85,7 +87,7 @@ def add_static(
                 return _native(Bundle(bundle_path), ranges, keep, own, options, progress)
             except _cannot_fuse() as err:
                 reason = str(err)
-        about |= {"emulated": f"{about['emulated']}: {reason}"}
+        about |= {"emulated": f"{about['emulated']}: {reason}", "untried": UNTRIED}
     return _add(
         bundle_path, engine, dtype, about, options, progress,
         lambda bundle, path: static_graph(bundle, ranges, path, kind, keep, rescale),
@@ -136,7 +138,9 @@ def add_without_data(
     user's own step is to get a graph for CUDA; VerificationError, when the answers differ.
     """
     if dtype not in WITHOUT_DATA.get(engine, ()):
-        raise ContractError(f"no graph is made in {dtype!r} for engine {engine!r} without ranges; {dtypes_of(engine)}")
+        raise ContractError(
+            f"no graph is made in {dtype!r} for engine {engine!r} without ranges; {dtypes_of(engine, dtype)}"
+        )
     if keep and engine != "cpu":
         raise ContractError(f"keep is for the graphs of engine 'cpu'; those for '{engine}' quantize every product")
     about: dict[str, Any] = {
@@ -147,7 +151,7 @@ def add_without_data(
     if dtype in BITS:
         about = {"method": f"weights alone, blocks of {BLOCK}", "weights": f"int{BITS[dtype]}"}
         about["activations"] = "float16" if engine == "cuda" else "float32"
-    about |= {"kept": sorted(keep), **(record or {})}
+    about |= {**({"untried": UNTRIED} if engine == "cuda" else {}), "kept": sorted(keep), **(record or {})}
 
     def write(bundle: Bundle, path: Path) -> GraphEntry:
         if engine == "cuda":
@@ -157,12 +161,13 @@ def add_without_data(
     return _add(bundle_path, engine, dtype, about, options, progress, write)
 
 
-def dtypes_of(engine: str) -> str:
-    """In words, which quantized graphs are made for an engine."""
+def dtypes_of(engine: str, dtype: str) -> str:
+    """In words, which quantized graphs are made for an engine that has none in `dtype`."""
     static = [dtype for name, dtype in STATIC if name == engine]
     if not static:
         return f"quantized graphs are for {', '.join(dict.fromkeys(name for name, _ in STATIC))}"
-    return f"for '{engine}' there are {', '.join([*static, *WITHOUT_DATA.get(engine, ())])}"
+    made = f"for '{engine}' there are {', '.join([*static, *WITHOUT_DATA.get(engine, ())])}"
+    return f"{made}. {NO_INT8_ON_CUDA}" if (engine, dtype) == ("cuda", "int8") else made
 
 
 def _of_half(bundle: Bundle, path: Path, dtype: str) -> GraphEntry:

@@ -1,4 +1,4 @@
-"""Which GPUs multiply in 8 bits."""
+"""Which GPUs multiply in 8 bits, and which engine does not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ PRODUCTS: dict[int, tuple[str, ...]] = {
     90: ("int8", "fp8"), 100: ("int8", "fp8"), 101: ("int8", "fp8"), 103: ("int8", "fp8"),
     120: ("int8", "fp8"), 121: ("int8", "fp8"),
 }  # fmt: skip
+
+
+# Tried with version 1.31.1: some of a Q/DQ graph's INT8 nodes stay on the CPU provider, and a session of the GPU alone
+# refuses that.
+NO_INT8_ON_CUDA = (
+    "ONNX Runtime's CUDA provider has no INT8 products of Q/DQ graphs. What multiplies in 8 bits there is fp8; int8 is for "
+    "engines tensorrt, tensorrt-rtx and cpu"
+)
 
 
 def products_refusal(dtype: str | None, capability: int) -> str | None:

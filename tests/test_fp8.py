@@ -282,7 +282,7 @@ def test_twins_follow_the_recurrence_and_are_rounded_indeed(bundle: Bundle) -> N
     kept = record["quantization"]
     assert kept["kept"] == [nodes()[3], *nodes()[12:]]
     assert kept["mix"] == {"kept": ["a"]}
-    assert "emulated" not in kept
+    assert not {"emulated", "untried"} & set(kept)
 
 
 @pytest.mark.parametrize(
@@ -307,9 +307,10 @@ def test_what_cannot_be_fused_is_rounded_and_says_why(
     (entry,) = [graph for graph in Bundle(path).manifest.graphs if graph.engine == "cuda"]
     assert entry.needs == ()
     assert (entry.role, entry.head) == ("step", "all")
-    emulated = Bundle(path).manifest.verification["engines"]["cuda"]["fp8"]["quantization"]["emulated"]
-    assert emulated.startswith("rounded, and multiplied in float")
-    assert reason in emulated
+    record = Bundle(path).manifest.verification["engines"]["cuda"]["fp8"]["quantization"]
+    assert record["emulated"].startswith("rounded, and multiplied in float")
+    assert reason in record["emulated"]
+    assert "never run on a GPU" in record["untried"]
 
 
 @pytest.mark.parametrize(("name", "products"), [("gpt2", 12), ("llama", 8)])

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from models import made
 from quantized import STATIC, ranges_of, written
+from stand_in import host_gpu
 from tensorrt_builds import ADA, RTX, contents, copy_of
 
 from rmt_trt import ContractError, EngineError, FormatError, RMTRuntime
 from rmt_trt.bundle import Bundle
-from rmt_trt.calibration import add_static
+from rmt_trt.calibration import add_static, add_without_data
 from rmt_trt.commands import build as command
 from rmt_trt.commands.report import engine_record, record_lines
 from rmt_trt.engine_check import read_record
@@ -22,6 +23,7 @@ from rmt_trt.export import EngineOptions
 from rmt_trt.export.tensorrt import BuildOptions, add_engines, builder, check_build, engines
 from rmt_trt.export.tensorrt.products import PRODUCTS, check_products
 from rmt_trt.runtime.engine_files import refusal
+from rmt_trt.runtime.engines import cuda
 from rmt_trt.runtime.source import open_source
 
 FEW = EngineOptions(segments=3)
@@ -174,6 +176,41 @@ def test_engines_are_not_built_in_dtypes_for_onnx_runtime(dtype: str, quantized:
 def test_an_engine_without_a_quantized_graph_says_how_to_add_one(engine: str, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         RMTRuntime(made("bert").bundle, engine=engine, dtype="fp8")
+
+
+def test_int8_is_not_made_for_cuda_and_not_advised_there() -> None:
+    bundle = made("bert").bundle
+    before = (bundle / "manifest.json").read_bytes()
+    with pytest.raises(ContractError, match=r"for 'cuda' there are fp8, .* no INT8 products .* tensorrt, tensorrt-rtx"):
+        add_static(bundle, ranges_of("bert"), "cuda", "int8")
+    with pytest.raises(EngineError, match="no INT8 products") as told:
+        RMTRuntime(bundle, engine="cuda", dtype="int8")
+    assert "rmt-calibrate" not in str(told.value)
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8-weights"])
+def test_a_graph_that_the_gpu_refuses_leaves_the_bundle_as_it_was(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy_of(made("bert").bundle, tmp_path)
+    before = contents(path)
+
+    def refused(graph: Path, gpu: object, ours: bool) -> None:
+        raise EngineError(f"ONNX Runtime cannot run {graph.name}: nodes are assigned to the default CPU EP")
+
+    def add() -> None:
+        if dtype == "fp8":  # emulated, as what stays float is float32
+            add_static(path, ranges_of("bert"), "cuda", dtype, options=FEW, half=False)
+        else:
+            add_without_data(path, "cuda", dtype, options=FEW)
+
+    with host_gpu():
+        monkeypatch.setattr(cuda, "open_session", refused)
+        with pytest.raises(EngineError, match=f"cannot run cuda-{dtype}-step-all.onnx: nodes are assigned"):
+            add()
+    assert contents(path) == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 USAGE: dict[str, tuple[list[str], str]] = {

@@ -303,7 +303,7 @@ def test_graphs_are_listed_with_how_they_were_made_and_taken_only_where_they_are
     assert min(errors) > 1e-4
 
 
-@pytest.mark.parametrize(("engine", "dtype"), [("tensorrt-rtx", "fp8"), ("cuda", "int8"), ("cuda", "int4-weights")])
+@pytest.mark.parametrize(("engine", "dtype"), [("tensorrt-rtx", "fp8"), ("tensorrt", "int8"), ("cuda", "int4-weights")])
 def test_a_graph_for_an_engine_that_cannot_run_here_is_verified_on_the_cpu(
     engine: str, dtype: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +318,7 @@ def test_a_graph_for_an_engine_that_cannot_run_here_is_verified_on_the_cpu(
     assert record["verification"]["passed"]
     assert record["verification"]["agreement"] >= 0.99
     assert record["unverified"]
+    assert ("untried" in record["quantization"]) is (engine == "cuda")
     assert "stage.rmt" not in record["unverified"]
     assert Bundle(bundle).graph(engine, dtype) is not None
     assert Bundle(bundle).graph("cpu", dtype) is None
@@ -339,13 +340,15 @@ def test_a_step_of_the_users_own_is_quantized_for_the_cpu_and_not_for_cuda(tmp_p
 USAGE = {
     "engine": (["--dtype", "int8-dynamic", "--engine", "tensorrt"], "no 'int8-dynamic' graph is made for engine 'tensorrt'; for 'tensorrt' there are int8, fp8"),
     "weights": (["--dtype", "int4-weights", "--engine", "tensorrt-rtx"], "no 'int4-weights' graph is made for engine 'tensorrt-rtx'"),
-    "torch": (["--task", "detect", "--engine", "torch"], "no 'int8' graph is made for engine 'torch'; quantized graphs are for cpu, cuda,"),
-    "half": (["--dtype", "fp16", "--engine", "cuda"], "no 'fp16' graph is made for engine 'cuda'; for 'cuda' there are int8, fp8, int8-weights"),
+    "torch": (["--task", "detect", "--engine", "torch"], "no 'int8' graph is made for engine 'torch'; quantized graphs are for cpu, tensorrt, tensorrt-rtx, cuda"),
+    "half": (["--dtype", "fp16", "--engine", "cuda"], "no 'fp16' graph is made for engine 'cuda'; for 'cuda' there are fp8, int8-weights, int4-weights"),
+    "int8": (["--dtype", "int8", "--engine", "cuda", "--ranges", "gpt2.json"], "no INT8 products of Q/DQ graphs. What multiplies in 8 bits there is fp8; int8 is for engines tensorrt, tensorrt-rtx and cpu"),
+    "int8 of a task": (["--engine", "cuda", "--task", "detect"], "no 'int8' graph is made for engine 'cuda'"),
     "data": (["--dtype", "int8-dynamic", "--data", "a.npy"], "an int8-dynamic graph reads no data, and --data was given. Leave it out"),
     "ranges": (["--dtype", "int4-weights", "--ranges", "r.json"], "an int4-weights graph reads no data, and --ranges was given"),
     "nothing": (["--dtype", "fp8", "--engine", "cuda"], "nothing to calibrate with was given"),
     "other": (["--ranges", "gpt2.json", "--dtype", "fp8"], "the ranges were taken from a model with fingerprint"),
-    "rest": (["--task", "detect", "--engine", "cuda", "--rest", "bf16"], "--rest is 'bf16'; expected fp16 or fp32"),
+    "rest": (["--task", "detect", "--engine", "tensorrt", "--rest", "bf16"], "--rest is 'bf16'; expected fp16 or fp32"),
     "rest of none": (["--dtype", "int8-dynamic", "--rest", "fp32"], "--rest is for int8 and fp8, graphs with ranges"),
     "rest on the CPU": (["--task", "detect", "--rest", "fp16"], "--rest fp16 is for the engines of a GPU"),
 }  # fmt: skip

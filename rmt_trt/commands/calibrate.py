@@ -152,7 +152,7 @@ def _is_calibrated(engine: str, dtype: str, given: list[str], want: mixing.Wante
 
     calibrated = (engine, dtype) in STATIC
     if not calibrated and dtype not in WITHOUT_DATA.get(engine, ()):
-        raise ContractError(f"no {dtype!r:.60} graph is made for engine {engine!r:.60}; {dtypes_of(engine)}")
+        raise ContractError(f"no {dtype!r:.60} graph is made for engine {engine!r:.60}; {dtypes_of(engine, dtype)}")
     if calibrated and len(given) != 1 and not (want.measures and len(given) == 2 and "--ranges" in given):
         came = f"{' and '.join(given)} were given" if given else "nothing to calibrate with was given"
         raise ContractError(f"{came}; expected one of --data FILE, --task NAMES and --ranges FILE")

@@ -27,7 +27,7 @@ from rmt_trt.errors import EngineError, require
 from rmt_trt.runtime import cuda, device_rows, machine, native
 from rmt_trt.runtime.buckets import Bucket, Replay, States, new_bucket
 from rmt_trt.runtime.cuda import one_line
-from rmt_trt.runtime.products import products_refusal
+from rmt_trt.runtime.products import NO_INT8_ON_CUDA, products_refusal
 from rmt_trt.runtime.signature import check_signature
 from rmt_trt.runtime.worker import on_worker
 
@@ -58,6 +58,8 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
     if _dtype(source.bundle, dtype) is None:
         if missing := _missing(source.bundle, dtype):
             return missing
+        if dtype == "int8":
+            return NO_INT8_ON_CUDA
         made = sorted({graph.dtype for graph in source.bundle.manifest.graphs if graph.engine == NAME})
         have = f"it has them in {', '.join(made)}" if made else "it has none"
         command = "rmt-calibrate" if dtype in QUANTIZED else "rmt-export"
