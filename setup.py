@@ -88,8 +88,8 @@ class BuildNative(build_ext):
 # A plain shared library that ONNX Runtime loads, and no module of Python's. Without a C compiler all else works.
 NATIVE = Extension(
     "rmt_trt.runtime._native",
-    sources=["native/ops.c", "native/gpu.c", "native/host.c"],
-    depends=["native/cuda.h", "native/gpu.h", "native/host.h", "native/kernels.cu", "native/ort.h"],
+    sources=[f"native/{name}.c" for name in ("ops", "gpu", "products", "libraries", "host")],
+    depends=[*(f"native/{name}.h" for name in ("cuda", "gpu", "host", "lane", "ort")), "native/kernels.cu"],
     extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden"],
     libraries=["m", "dl", "pthread"],
     py_limited_api=True,  # it uses nothing of Python: one file for every version
