@@ -24,6 +24,7 @@ from rmt_trt.calibration.tapped import tapped_session
 from rmt_trt.contract import SEGMENT
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.files import check_target, read_bounded, write_file
+from rmt_trt.runtime.runtime import MAX_THREADS
 from rmt_trt.runtime.segments import Cut
 
 SAVE_SECONDS = 5.0
@@ -46,8 +47,10 @@ class CollectOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ContractError(f"method is {self.method!r:.60}; expected one of {', '.join(METHODS)}")
-        for name, least, most in (("draws", 1, 1 << 20), ("seed", 0, 1 << 62)):
+        for name, least, most in (("draws", 1, 1 << 20), ("seed", 0, 1 << 62), ("threads", 1, MAX_THREADS)):
             value = getattr(self, name)
+            if name == "threads" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ContractError(f"{name} is {value!r:.60}; expected a whole number from {least} to {most}")
 

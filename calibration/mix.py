@@ -153,12 +153,16 @@ def load_mix(path: Path | str) -> Mix:
         raise FormatError(
             f'{path} holds no mix (no "format": "{FORMAT}"). Write one with rmt-calibrate --max-drift or --min-recall'
         )
-    if value.get("format_version") != FORMAT_VERSION:
+    if type(value.get("format_version")) is not int or value["format_version"] != FORMAT_VERSION:
         raise FormatError(
             f"{path} has format version {value.get('format_version')!r:.40}; this rmt-trt reads version {FORMAT_VERSION}"
         )
     try:
+        json.dumps(value, allow_nan=False)  # its evidence goes into a manifest, which is to be JSON for any reader
         known = {one.name: value[one.name] for one in fields(Mix)}
+        for name in ("kept", "products", "units", "tried"):
+            if not isinstance(known[name], list):
+                raise ValueError(f"{name} is {known[name]!r:.40}")
         for name in ("kept", "products"):
             known[name] = tuple(_text(name, one) for one in known[name])
         for name in ("fingerprint", "dtype"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ FORMAT_VERSION = 1
 LIMIT = 256 << 20
 CHANNELS_VERSION = 1  # of `channels` alone: readers that do not know it pass it over
 MOST_CHANNELS = 1 << 20  # of one tensor
+LARGEST = float(np.finfo(np.float32).max)
 Bounds = tuple[float, float]
 
 
@@ -123,7 +123,7 @@ def load_ranges(path: Path | str) -> Ranges:
     value = read_json(path, LIMIT, "ranges that rmt-calibrate wrote")
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise FormatError(f'{path} holds no ranges (no "format": "{FORMAT}"). Write them with rmt-calibrate')
-    if value.get("format_version") != FORMAT_VERSION:
+    if type(value.get("format_version")) is not int or value["format_version"] != FORMAT_VERSION:
         raise FormatError(
             f"{path} has format version {value.get('format_version')!r:.40}; this rmt-trt reads version {FORMAT_VERSION}"
         )
@@ -154,7 +154,7 @@ def _tensor(name: str, value: Mapping[str, Any]) -> TensorRange:
         raise ValueError(f"tensor {name!r:.80} has {len(value['along'])} octaves")
     along = tuple((int(start), *_bounds(name, bounds)) for start, *bounds in value["along"])
     threshold = float(value["threshold"])
-    if not 0 <= threshold < math.inf:
+    if not 0 <= threshold <= LARGEST:
         raise ValueError(f"tensor {name!r:.80} has the threshold {threshold}")
     middle, late = (None if value[part] is None else _bounds(name, value[part]) for part in PARTS[1:])
     return TensorRange(threshold, _bounds(name, value["early"]), middle, late, along)
@@ -181,6 +181,6 @@ def _channels(value: Any) -> dict[str, tuple[float, ...]]:
 
 def _bounds(name: str, value: Any) -> Bounds:
     low, high = map(float, value)
-    if not -math.inf < low <= high < math.inf:
+    if not -LARGEST <= low <= high <= LARGEST:
         raise ValueError(f"tensor {name!r:.80} has the bounds {low} to {high}")
     return low, high

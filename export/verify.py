@@ -6,6 +6,7 @@ however many engines are compared with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -195,10 +196,10 @@ def limits(dtype: str, tolerance: float | None = None) -> tuple[float | None, fl
 
 
 def check_options(segments: int, tolerance: float | None) -> None:
-    """Errors: ContractError, for a number of segments below 2 or beyond MAX_SEGMENTS, a tolerance that is not above 0."""
+    """Errors: ContractError, for a number of segments below 2 or beyond MAX_SEGMENTS, a tolerance not above 0 or infinite."""
     check_segments(segments)
-    if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
-        raise ContractError(f"tolerance is {tolerance!r}; expected a number above 0 (--tolerance)")
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
+        raise ContractError(f"tolerance is {tolerance!r}; expected a finite number above 0 (--tolerance)")
 
 
 def relative_error(value: np.ndarray, reference: np.ndarray) -> float:

@@ -43,8 +43,10 @@ def random_document(spec: StepSpec, length: int, seed: int) -> np.ndarray:
 
 
 def random_documents(spec: StepSpec, segments: int, seed: int) -> Documents:
-    """Errors: ContractError, as `check_segments`."""
+    """Errors: ContractError, as `check_segments`, and for a seed below 0."""
     check_segments(segments)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ContractError(f"seed is {seed!r:.60}; expected a whole number from 0 on (--seed)")
     lengths = enumerate(_batch_lengths(spec), seed + 1)
     return Documents(
         random_document(spec, _length(spec, segments), seed),

@@ -166,7 +166,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Measures every file in the folder and writes the manifest, which names them all."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     files = {name: FileEntry((folder / name).stat().st_size, sha256(folder / name)) for name in names}
-    write_file(folder / MANIFEST, replace(manifest, files=files).to_json().encode())
+    write_file(folder / MANIFEST, _encoded(replace(manifest, files=files), folder))
+
+
+def _encoded(manifest: Manifest, folder: Path) -> bytes:
+    """Errors: FormatError, for one that no reader would take: what it records may have come from a stranger's file."""
+    data = manifest.to_json().encode()
+    if len(data) > MANIFEST_LIMIT:
+        raise FormatError(
+            f"the manifest of {folder} would have {len(data):,} bytes, and one has at most {MANIFEST_LIMIT:,}: what is to be "
+            f"recorded in it is too long. Nothing was written; look at the files that it is taken from"
+        )
+    return data
 
 
 def add_file(path: Path, name: str, source: Path, graph: GraphEntry | None = None, **changes: Any) -> Bundle:
@@ -217,7 +228,7 @@ def add_files(
                 values = {name: new(getattr(kept, name)) if callable(new) else new for name, new in changes.items()}
                 manifest = replace(kept, files={**kept.files, **added}, graphs=(*kept.graphs, *graphs), **values)
                 check_uses(manifest.graphs, path)
-                last.write_bytes(manifest.to_json().encode())
+                last.write_bytes(_encoded(manifest, path))
                 sync(last)
                 if kept != old:
                     # A run that dies in between must not leave a file that its manifest contradicts.

@@ -101,7 +101,7 @@ def wanted(
 ) -> Wanted:
     """through: segments and documents. documents: whether there are any. Errors: ContractError."""
     from rmt_trt.calibration.beside import Through
-    from rmt_trt.calibration.mix import Budget
+    from rmt_trt.calibration.mix import Budget, load_mix
     from rmt_trt.calibration.search import NO_QUESTIONS, MixOptions
     from rmt_trt.calibration.smooth import check_alpha
     from rmt_trt.calibration.units import check_grouping
@@ -115,6 +115,8 @@ def wanted(
         raise ContractError(
             f"--mix {file} is a mix that was found; leave out --max-drift, --min-recall and --sensitivity"
         )
+    if file is not None:
+        load_mix(file)  # what is no mix is said before documents are read
     if (budget or sensitivity) and not documents:
         asked = str(budget) or "--sensitivity"
         raise ContractError(f"{asked} is measured on documents; give --data FILE or --task NAMES beside --ranges")
