@@ -79,14 +79,13 @@ typedef struct {
 } Driver;
 
 enum { COMPUTE_CAPABILITY_MAJOR = 75, COMPUTE_CAPABILITY_MINOR = 76 }; /* CUdevice_attribute */
+enum { INVALID_VALUE = 1 };                                            /* CUresult */
 
 typedef struct {
     int (*CreateProgram)(void **, const char *source, const char *name, int, const char *const *, const char *const *);
     int (*CompileProgram)(void *, int, const char *const *options);
     int (*GetCUBINSize)(void *, size_t *);
     int (*GetCUBIN)(void *, char *);
-    int (*GetProgramLogSize)(void *, size_t *);
-    int (*GetProgramLog)(void *, char *);
     int (*DestroyProgram)(void **);
 } Nvrtc;
 

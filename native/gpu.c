@@ -1,5 +1,6 @@
 /* Lanes and our kernels, on ONNX Runtime's stream. Nothing is allocated, compiled or waited for after the first run with a
  * shape, so that the second can be captured into a CUDA graph. */
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -46,35 +47,42 @@ int entered(Lane **held, void *stream, char *why) {
     lane->users++;
     Lane *before = *held;
     *held = lane;
-    if (before) before->users--; /* of another stream, whose other nodes move on too; it stays for its next session */
+    if (before) before->users--; /* of another stream; what is under way there may still use it */
     return 0;
 }
 
+static void ended(Lane *lane) {
+    /* At a process's end the driver may be gone before the session, and its memory with it. */
+    if (driver.CtxPushCurrent(lane->context) == 0) {
+        driver.CtxSynchronize(); /* not the stream: a session may be dropped after its owner ended that */
+        plans_dropped(lane->plans);
+        lt.Destroy(lane->handle);
+        driver.MemFree(lane->workspace);
+        for (Scratch *scratch = lane->scratch, *next; scratch; scratch = next) {
+            next = scratch->next;
+            driver.MemFree(scratch->at);
+            free(scratch);
+        }
+        if (lane->module) driver.ModuleUnload(lane->module);
+        void *popped;
+        driver.CtxPopCurrent(&popped);
+    }
+    free(lane);
+}
+
+/* With a lane go those that all their nodes left for another stream. */
 void gpu_release(Lane *lane) {
     if (!lane) return;
     pthread_mutex_lock(&gpu_lock);
-    if (--lane->users == 0) {
-        for (Lane **at = &lanes; *at; at = &(*at)->next)
-            if (*at == lane) {
-                *at = lane->next;
-                break;
-            }
-        /* At a process's end the driver may be gone before the session, and its memory with it. */
-        if (driver.CtxPushCurrent(lane->context) == 0) {
-            driver.CtxSynchronize(); /* not the stream: a session may be dropped after its owner ended that */
-            plans_dropped(lane->plans);
-            lt.Destroy(lane->handle);
-            driver.MemFree(lane->workspace);
-            for (Scratch *scratch = lane->scratch, *next; scratch; scratch = next) {
-                next = scratch->next;
-                driver.MemFree(scratch->at);
-                free(scratch);
-            }
-            if (lane->module) driver.ModuleUnload(lane->module);
-            void *popped;
-            driver.CtxPopCurrent(&popped);
+    lane->users--;
+    for (Lane **at = &lanes; *at;) {
+        Lane *one = *at;
+        if (one->users) {
+            at = &one->next;
+            continue;
         }
-        free(lane);
+        *at = one->next;
+        ended(one);
     }
     pthread_mutex_unlock(&gpu_lock);
 }
@@ -99,8 +107,6 @@ int compiled(Lane *lane, char *why) {
         {&rtc.CompileProgram, "nvrtcCompileProgram"},
         {&rtc.GetCUBINSize, "nvrtcGetCUBINSize"},
         {&rtc.GetCUBIN, "nvrtcGetCUBIN"},
-        {&rtc.GetProgramLogSize, "nvrtcGetProgramLogSize"},
-        {&rtc.GetProgramLog, "nvrtcGetProgramLog"},
         {&rtc.DestroyProgram, "nvrtcDestroyProgram"},
         {NULL, NULL},
     };
@@ -139,16 +145,17 @@ static int prepared(Lane **held, void *stream, int float8, char *why) {
     return -1;
 }
 
-static int launched(Lane *lane, int kernel, int type, unsigned blocks, unsigned threads, void **arguments) {
-    return driver.LaunchKernel(lane->kernels[kernel][type == ORT_BFLOAT16], blocks, 1, 1, threads, 1, 1, 0, lane->stream,
-                               arguments, NULL);
+static int launched(Lane *lane, int kernel, int type, int64_t blocks, unsigned threads, void **arguments) {
+    if (blocks > INT_MAX) return INVALID_VALUE; /* what the driver says of a grid that is too large */
+    return driver.LaunchKernel(lane->kernels[kernel][type == ORT_BFLOAT16], (unsigned)blocks, 1, 1, threads, 1, 1, 0,
+                               lane->stream, arguments, NULL);
 }
 
 /* out[i] = E4M3(in[i] * inverse), or by the number at `by` where it is given. */
 int rounding(Lane *lane, int type, const void *in, void *out, int64_t count, float inverse, const float *by) {
     long long number = count;
     void *arguments[] = {&in, &out, &number, &inverse, &by};
-    return launched(lane, QUANTIZE, type, (unsigned)((count + 16 * 256 - 1) / (16 * 256)), 256, arguments);
+    return launched(lane, QUANTIZE, type, (count + 16 * 256 - 1) / (16 * 256), 256, arguments);
 }
 
 int gpu_quantize(Lane **held, void *stream, int type, const void *in, void *out, int64_t count, float inverse, char *why) {
@@ -171,7 +178,7 @@ int gpu_skip_layer_norm(Lane **held, void *stream, int type, const void *const i
     void *arguments[] = {(void *)&in[0], (void *)&in[1], (void *)&in[2], (void *)&in[3], &out,
                          &rounded,       &columns,       &epsilon,       &inverse};
     unsigned threads = (unsigned)((width / 8 + 31) / 32 * 32);
-    if (!code && rows && (code = launched(*held, SKIP_LAYER_NORM, type, (unsigned)rows, threads, arguments)))
+    if (!code && rows && (code = launched(*held, SKIP_LAYER_NORM, type, rows, threads, arguments)))
         fail(why, "the driver did not start the kernel 'skip_layer_norm'", code);
     pthread_mutex_unlock(&gpu_lock);
     return code ? -1 : 0;
@@ -187,7 +194,7 @@ int gpu_silu_mul(Lane **held, void *stream, int type, const void *in, void *out,
     int code = prepared(held, stream, rounded != NULL, why);
     long long vectors = rows * (width / 8), across = width / 8;
     void *arguments[] = {&in, &out, &rounded, &vectors, &across, &inverse};
-    if (!code && vectors && (code = launched(*held, SILU_MUL, type, (unsigned)((vectors + 255) / 256), 256, arguments)))
+    if (!code && vectors && (code = launched(*held, SILU_MUL, type, (vectors + 255) / 256, 256, arguments)))
         fail(why, "the driver did not start the kernel 'silu_mul'", code);
     pthread_mutex_unlock(&gpu_lock);
     return code ? -1 : 0;
@@ -206,7 +213,7 @@ int gpu_rotary(Lane **held, void *stream, int type, const void *const in[3], voi
     void *arguments[] = {(void *)&in[0],  (void *)&in[1],  (void *)&in[2], (void *)&out[0], (void *)&out[1],
                          (void *)&out[2], &pairs,          &length,        &query,          &key,
                          &size,           &times};
-    if (!code && pairs && (code = launched(*held, ROTARY, type, (unsigned)((pairs + 255) / 256), 256, arguments)))
+    if (!code && pairs && (code = launched(*held, ROTARY, type, (pairs + 255) / 256, 256, arguments)))
         fail(why, "the driver did not start the kernel 'rotary'", code);
     pthread_mutex_unlock(&gpu_lock);
     return code ? -1 : 0;

@@ -55,8 +55,8 @@ extern Driver driver;
 /* Writes the reason; always -1. */
 int fail(char *why, const char *what, int code);
 
-/* libraries.c: the first library of these names that there is, or NULL; the functions that are wanted of it, the last
- * without a name; what fills `driver` and `lt`. */
+/* libraries.c: a library of these names, one that is loaded before others, or NULL; the functions that are wanted of it,
+ * the last without a name; what fills `driver` and `lt`. */
 void *opened(const char *const *names);
 int found(void *library, const Wanted *wanted, const char *whose, char *why);
 int libraries(char *why);

@@ -16,7 +16,9 @@ int fail(char *why, const char *what, int code) {
 
 void *opened(const char *const *names) {
     void *library = NULL;
-    for (; *names && !library; names++) library = dlopen(*names, RTLD_LAZY | RTLD_LOCAL);
+    for (int loaded = 1; loaded >= 0 && !library; loaded--) /* first what ONNX Runtime has loaded */
+        for (const char *const *name = names; *name && !library; name++)
+            library = dlopen(*name, RTLD_LAZY | RTLD_LOCAL | (loaded ? RTLD_NOLOAD : 0));
     return library;
 }
 

@@ -15,6 +15,7 @@
  *
  * On the CPU provider they are there in float32.
  */
+#include <limits.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -76,8 +77,13 @@ static OrtStatus *create(const OrtCustomOp *base, const OrtApi *api, const OrtKe
                    {"heads", &node->heads},           {"kv_heads", &node->kv_heads}, {"repeat", &node->repeat}};
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         if (given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_INT64, OrtStatus *, const OrtKernelInfo *, const char *,
-                                int64_t *)(info, numbers[i].name, &number)))
+                                int64_t *)(info, numbers[i].name, &number))) {
+            if (number < INT_MIN || number > INT_MAX) {
+                free(node);
+                return refused(api, "rmt_trt: an attribute has more than 32 bits");
+            }
             *numbers[i].to = (int)number;
+        }
     const struct {
         const char *name;
         float *to;
@@ -92,7 +98,8 @@ static OrtStatus *create(const OrtCustomOp *base, const OrtApi *api, const OrtKe
     given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_STRING, OrtStatus *, const OrtKernelInfo *, const char *, char *,
                         size_t *)(info, "activation", activation, &size));
     node->gelu = strcmp(activation, "gelu") == 0;
-    if (!node->gelu && strcmp(activation, "none") != 0) {
+    /* Of a name that is too long ONNX Runtime gives the size alone. */
+    if (size > sizeof activation || (!node->gelu && strcmp(activation, "none") != 0)) {
         free(node);
         return refused(api, "rmt_trt: an activation other than 'none' and 'gelu'");
     }
@@ -137,6 +144,7 @@ static OrtStatus *output(const Node *node, OrtKernelContext *context, size_t ind
         ORT_CALL(node->api, KERNEL_CONTEXT_GET_OUTPUT, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t,
                  OrtValue **)(context, index, like->axes, like->count, &value);
     if (status) return status;
+    if (!value) return refused(node->api, "rmt_trt: an output is missing");
     return ORT_CALL(node->api, GET_TENSOR_MUTABLE_DATA, OrtStatus *, OrtValue *, void **)(value, data);
 }
 
@@ -244,7 +252,8 @@ static OrtStatus *rotary(Node *node, OrtKernelContext *context, const Tensor in[
     Heads heads = {node->heads, node->kv_heads, 0, 0, 1};
     int64_t all = node->heads + 2 * (int64_t)node->kv_heads, width = x->count == 3 ? x->axes[2] : 0;
     if (node->heads < 1 || node->kv_heads < 1 || node->heads % node->kv_heads || !width || width % (2 * all) ||
-        angles->count != 2 || angles->axes[0] != x->axes[1] || angles->axes[1] != width / all / 2 ||
+        width > INT_MAX || x->axes[1] > INT_MAX || angles->count != 2 || angles->axes[0] != x->axes[1] ||
+        angles->axes[1] != width / all / 2 ||
         values(&in[2]) != values(angles))
         return refused(node->api, "rmt_trt: the shapes of rotary positions do not fit together");
     heads.size = (int)(width / all);
@@ -361,12 +370,12 @@ static Op OPS[] = {
 /* The domain with its operators, made once for all sessions. */
 static OrtStatus *made(const OrtApi *api, OrtCustomOpDomain **domain) {
     static OrtCustomOpDomain *kept;
-    OrtStatus *status = NULL;
-    if (!kept)
-        status = ORT_CALL(api, CREATE_CUSTOM_OP_DOMAIN, OrtStatus *, const char *, OrtCustomOpDomain **)("rmt_trt", &kept);
-    else
-        *domain = kept;
-    if (status || *domain) return status;
+    *domain = kept;
+    if (kept) return NULL;
+    OrtCustomOpDomain *begun = NULL;
+    OrtStatus *status =
+        ORT_CALL(api, CREATE_CUSTOM_OP_DOMAIN, OrtStatus *, const char *, OrtCustomOpDomain **)("rmt_trt", &begun);
+    if (status) return status;
     for (size_t i = 0; !status && i < sizeof OPS / sizeof *OPS; i++) {
         OPS[i].base = (OrtCustomOp){
             .version = ORT_VERSION,
@@ -394,9 +403,12 @@ static OrtStatus *made(const OrtApi *api, OrtCustomOpDomain **domain) {
             .ReleaseAliasMap = nothing,
         };
         status = ORT_CALL(api, CUSTOM_OP_DOMAIN_ADD, OrtStatus *, OrtCustomOpDomain *, const OrtCustomOp *)(
-            kept, &OPS[i].base);
+            begun, &OPS[i].base);
     }
-    *domain = kept;
+    if (status)
+        ORT_CALL(api, RELEASE_CUSTOM_OP_DOMAIN, void, OrtCustomOpDomain *)(begun);
+    else
+        *domain = kept = begun;
     return status;
 }
 

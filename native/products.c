@@ -109,8 +109,11 @@ static int chosen(Lane *lane, Plan *plan, const Operands *at, char *why) {
         code = lt.MatmulAlgoGetHeuristic(lane->handle, plan->desc, plan->weight, plan->x, plan->c, plan->out, preference,
                                          wanted, results, &count);
     if (preference) lt.MatmulPreferenceDestroy(preference);
-    if (code || !count) return fail(why, "cuBLASLt has no algorithm for a product of these types and this shape", code);
-    plan->algo = results[0].algo;
+    int first = 0; /* of those that cuBLASLt did not take back */
+    while (first < count && results[first].state) first++;
+    if (code || first >= count)
+        return fail(why, "cuBLASLt has no algorithm for a product of these types and this shape", code);
+    plan->algo = results[first].algo;
     void *events[2] = {NULL, NULL};
     if (count == 1 || driver.EventCreate(&events[0], 0)) return 0;
     if (driver.EventCreate(&events[1], 0) == 0) {
