@@ -18,8 +18,8 @@ from rmt_trt.errors import EngineError, RMTError, TokenError, require
 CUDA_DEVICE, CUDA_MANAGED = 2, 13  # DLDeviceType of the DLPack header
 ALIGNMENT = 256
 SCRATCH_BYTES = 64 << 20  # what is kept of page-locked memory; an answer that is larger gets its own
-# ONNX Runtime captures graphs in CUDA's global mode, in which an allocation in any thread of the process spoils a capture:
-# ours wait for it. Those of other libraries cannot be made to.
+# ONNX Runtime captures graphs in CUDA's global mode, in which an allocation or a release in any thread of the process spoils
+# a capture: ours wait for it. Those of other libraries cannot be made to.
 CAPTURING = threading.RLock()
 
 

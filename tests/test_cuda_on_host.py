@@ -17,6 +17,7 @@ from stand_in import host_gpu
 from rmt_trt import EngineError, RMTRuntime
 from rmt_trt.bundle import Bundle
 from rmt_trt.export.verify import random_document, relative_error
+from rmt_trt.runtime import cuda
 from rmt_trt.runtime.engines.cuda import CudaEngine
 
 
@@ -111,6 +112,19 @@ def test_one_thread_runs_all_graphs_whoever_calls() -> None:
                 assert np.array_equal(out.memory, runtime.run(tokens).memory)
         used = [session.threads for session in engine_of(runtime)._sessions.values()]
         assert len(set.union(*used)) == 1
+
+
+def test_an_engine_is_released_after_a_capture_of_another_one() -> None:
+    runtime = open_cuda(cuda_bundle("bert"), "fp32")
+    stream = engine_of(runtime)._gpu.stream
+    with ThreadPoolExecutor(1) as other:
+        with cuda.CAPTURING:
+            ending = other.submit(runtime.close)
+            with pytest.raises(TimeoutError):
+                ending.result(0.5)
+            assert not stream.closed
+        ending.result()
+    assert stream.closed
 
 
 def test_the_best_engine_is_taken_and_named() -> None:

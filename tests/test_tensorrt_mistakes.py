@@ -56,12 +56,12 @@ class Mistake:
 
 
 RELEASE = """\
-                for size in self._buckets:
-                    _release_replays(self._buckets[size])
-                while self._loaded:
-                    self._loaded.popitem()[1].release()
-                self._buckets.clear()
-                gpu.close()
+                    for size in self._buckets:
+                        _release_replays(self._buckets[size])
+                    while self._loaded:
+                        self._loaded.popitem()[1].release()
+                    self._buckets.clear()
+                    gpu.close()
 """
 MISTAKES = {
     "ping and pong are swapped": Mistake(
@@ -164,7 +164,7 @@ MISTAKES = {
         "a context is released while a step of it is under way",
     ),
     "engines go before their contexts": Mistake(
-        ENGINE, "                    _release_replays(self._buckets[size])", "                    pass",
+        ENGINE, "                        _release_replays(self._buckets[size])", "                        pass",
         "ICudaEngine is released before what was made of it",
     ),
     "runtimes go before their engines": Mistake(
@@ -172,7 +172,7 @@ MISTAKES = {
         "Runtime is released before what was made of it",
     ),
     "streams go before the engines": Mistake(
-        ENGINE, RELEASE, "                gpu.close()\n" + RELEASE.replace("                gpu.close()\n", ""),
+        ENGINE, RELEASE, "                    gpu.close()\n" + RELEASE.replace("                    gpu.close()\n", ""),
         "a stream is closed before",
     ),
     "staged tokens are overwritten too early": Mistake(BUCKETS, "        stage.copied.sync()", "        pass", DRIFT),

@@ -233,11 +233,12 @@ class CudaEngine:
             try:
                 self._gpu.wait()
             finally:
-                for bucket in self._buckets.values():
-                    bucket.replays.clear()
-                self._sessions.clear()
-                self._buckets.clear()
-                self._gpu.close()
+                with cuda.CAPTURING:
+                    for bucket in self._buckets.values():
+                        bucket.replays.clear()
+                    self._sessions.clear()
+                    self._buckets.clear()
+                    self._gpu.close()
 
     def _through(self, bucket: Bucket, replay: Replay, states: States, segments: np.ndarray) -> States:
         return device_rows.through(self._gpu, self._spec, bucket, replay, states, segments, "ONNX Runtime")

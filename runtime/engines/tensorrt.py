@@ -152,12 +152,13 @@ class TensorRTEngine:
             try:
                 gpu.wait()
             finally:
-                for size in self._buckets:
-                    _release_replays(self._buckets[size])
-                while self._loaded:
-                    self._loaded.popitem()[1].release()
-                self._buckets.clear()
-                gpu.close()
+                with cuda.CAPTURING:
+                    for size in self._buckets:
+                        _release_replays(self._buckets[size])
+                    while self._loaded:
+                        self._loaded.popitem()[1].release()
+                    self._buckets.clear()
+                    gpu.close()
 
     def _through(self, bucket: Bucket, replay: Replay, states: States, segments: np.ndarray) -> States:
         return device_rows.through(self._gpu, self._spec, bucket, replay, states, segments, "TensorRT")
