@@ -9,6 +9,7 @@ stays empty.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +19,15 @@ import typer
 
 from rmt_trt.benchmarks.precision import instructions
 from rmt_trt.benchmarks.tables import Section, in_mb, markdown_table
-from rmt_trt.commands.app import new_app, run_command
-from rmt_trt.contract import DTYPES
+from rmt_trt.commands.app import new_app, printable, run_command
+from rmt_trt.contract import DTYPES, ENGINES
 from rmt_trt.errors import FormatError
 from rmt_trt.files import read_json
 
 app = new_app()
 
 LIMIT = 64 << 20
+MOST, LONGEST_NAME = 1 << 62, 300
 DRIFT_AT = (16, 256, 4096)
 RECALL_AT = (1, 16, 64, 1024, 4096)
 
@@ -64,43 +66,70 @@ def lines_of(folder: Path) -> dict[tuple[str, str], Line]:
         for path in sorted(folder.glob(pattern)):
             try:
                 read(read_json(path, LIMIT, "results of a measurement"), lines)
-            except (KeyError, TypeError, ValueError, AttributeError) as err:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as err:
                 raise FormatError(f"{path} is no such result, or is damaged: {err!r:.200}") from err
     return lines
 
 
 def _speed(value: dict[str, Any], lines: dict[tuple[str, str], Line]) -> None:
     for row in value["rows"]:
-        line = lines.setdefault((value["model"]["engine"], row["name"]), Line())
+        line = lines.setdefault(_use(value["model"]["engine"], row["name"]), Line())
         known = row.get("values", {})
         if row["kind"] == "load" and known:
-            line.disk, line.host, line.device = (known.get(f"{key}_bytes") for key in ("disk", "host", "device"))
+            held = [known.get(f"{key}_bytes") for key in ("disk", "host", "device")]
+            line.disk, line.host, line.device = (None if one is None else _whole(one) for one in held)
         if row["kind"] == "step" and "speed_ratio" in known:
-            line.ratios[row.get("batch", 1)] = tuple(known[f"speed_ratio{end}"] for end in ("", "_p10", "_p90"))
+            middle, low, high = (_number(known[f"speed_ratio{end}"]) for end in ("", "_p10", "_p90"))
+            line.ratios[_whole(row.get("batch", 1))] = middle, low, high
             line.machines.add(machine_name(value["machine"], value["model"]["engine"]))
 
 
 def _drift(value: dict[str, Any], lines: dict[tuple[str, str], Line]) -> None:
     for report in value.get("reports", [value]):
-        line = lines.setdefault((report["engine"], report["dtype"]), Line())
-        line.drift |= {octave["first"]: octave["memory"] for octave in report["octaves"]}
+        line = lines.setdefault(_use(report["engine"], report["dtype"]), Line())
+        found = ((_whole(octave["first"]), octave["memory"]) for octave in report["octaves"])
+        line.drift |= {first: math.inf if error is None else _number(error) for first, error in found}
 
 
 def _recall(value: dict[str, Any], lines: dict[tuple[str, str], Line]) -> None:
     model = value["model"]
-    line = lines.setdefault((model["engine"], model["dtype"]), Line())
+    line = lines.setdefault(_use(model["engine"], model["dtype"]), Line())
     for row in value["rows"]:
         if row.get("count"):
-            right, asked = line.recall.get(row["segments"], (0, 0))
-            line.recall[row["segments"]] = (right + row["right"], asked + row["count"])
+            segments = _whole(row["segments"])
+            right, asked = line.recall.get(segments, (0, 0))
+            line.recall[segments] = (right + _whole(row["right"]), asked + _whole(row["count"]))
             line.machines.add(machine_name(value["machine"], model["engine"]))
+
+
+def _use(engine: Any, dtype: Any) -> tuple[str, str]:
+    if engine not in ENGINES or dtype not in DTYPES:
+        raise ValueError(f"engine and dtype are {engine!r:.40} and {dtype!r:.40}")
+    return engine, dtype
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or abs(value) > MOST:
+        raise ValueError(f"{value!r:.40} is no whole number of a measurement")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.40} is no number of a measurement")
+    return float(value)
 
 
 def machine_name(machine: dict[str, Any], engine: str) -> str:
     """The GPU, or the processor with its cores and what it has for products in 8 bits."""
     if engine != "cpu" and "gpu" in machine:
-        return str(machine["gpu"]["name"])
-    return f"{machine['cpu']}, {machine['cores']} cores ({instructions(machine)})"
+        return _named(machine["gpu"]["name"])
+    return _named(f"{machine['cpu']}, {machine['cores']} cores ({instructions(machine)})")
+
+
+def _named(text: object) -> str:
+    """A name out of a file, which must neither steer a terminal nor break a table."""
+    return printable(text).replace("|", "/")[:LONGEST_NAME]
 
 
 def table(name: str, lines: dict[tuple[str, str], Line]) -> Section:
@@ -118,7 +147,7 @@ def table(name: str, lines: dict[tuple[str, str], Line]) -> Section:
         right = (f"{line.recall[at][0]}/{line.recall[at][1]}" if at in line.recall else "" for at in asked)
         where = ", ".join(str(machines.index(machine) + 1) for machine in sorted(line.machines))
         rows.append((f"{engine} {dtype}", *held, *speed, *drift, *right, where))
-    return Section(name, columns, rows, _numbered(machines))
+    return Section(_named(name), columns, rows, _numbered(machines))
 
 
 def _numbered(machines: Iterable[str]) -> str:

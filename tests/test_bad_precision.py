@@ -13,6 +13,7 @@ import pytest
 from models import made
 from quantized import ranges_of
 
+from rmt_trt.benchmarks.precision_table import lines_of
 from rmt_trt.bundle import MANIFEST, Bundle
 from rmt_trt.calibration import load_ranges
 from rmt_trt.calibration.mix import Mix, load_mix
@@ -134,3 +135,48 @@ def test_verification_refuses_numbers_that_say_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert message in run(verify.main, monkeypatch, capsys, bundle, "--engine", "cpu", "--segments", "2", *option)
+
+
+SPEED = {
+    "model": {"engine": "cpu"},
+    "machine": {"cpu": "x", "cores": 2},
+    "rows": [
+        {"kind": "load", "name": "int8", "values": {"disk_bytes": 3}},
+        {
+            "kind": "step",
+            "name": "int8",
+            "values": {"speed_ratio": 1.0, "speed_ratio_p10": 1.0, "speed_ratio_p90": 1.0},
+        },
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("model", "engine"), None),
+        (("rows", 0, "name"), "int9"),
+        (("rows", 0, "values", "disk_bytes"), {"a": 1}),
+        (("rows", 1, "values", "speed_ratio"), float("nan")),
+        (("rows", 1, "values", "speed_ratio"), 10**400),
+        (("rows", 1, "batch"), "1"),
+    ],
+)
+def test_the_table_of_dtypes_refuses_values_that_were_not_measured(
+    tmp_path: Path, keys: tuple[Any, ...], value: object
+) -> None:
+    path = tmp_path / "speed-1" / "results.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(SPEED))
+    assert lines_of(tmp_path)["cpu", "int8"].disk == 3
+    altered(path, *keys, value=value).rename(path)
+    with pytest.raises(FormatError, match="is no such result, or is damaged"):
+        lines_of(tmp_path)
+
+
+def test_names_in_the_table_of_dtypes_steer_no_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "speed-1" / "results.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(SPEED))
+    altered(path, "machine", "cpu", value="a\x1b[31m|b").rename(path)
+    assert lines_of(tmp_path)["cpu", "int8"].machines == {"a?[31m/b, 2 cores (no vector instructions known)"}
