@@ -13,6 +13,7 @@ from rmt_trt.calibration.dynamic import DTYPE as DYNAMIC
 from rmt_trt.calibration.dynamic import dynamic_graph
 from rmt_trt.calibration.ranges import Ranges
 from rmt_trt.calibration.static import FP8, INT8, UINT8_INT8, Kind, Rescale, static_graph
+from rmt_trt.calibration.tapped import quantizable
 from rmt_trt.calibration.weights import BITS, BLOCK, half_weights_graph, weights_graph
 from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.runtime.products import NO_INT8_ON_CUDA
@@ -201,7 +202,8 @@ def _add(
     bundle = Bundle(path)
 
     def written(folder: Path) -> EngineGraphs:
-        entry = write(bundle, folder / f"{engine}-{dtype}-step-all.onnx")
+        with quantizable(bundle):
+            entry = write(bundle, folder / f"{engine}-{dtype}-step-all.onnx")
         return EngineGraphs(engine, dtype, (replace(entry, engine=engine),), {}, about["method"], quantization=about)
 
     return add_written(bundle, written, EngineOptions() if options is None else options, progress)

@@ -19,7 +19,7 @@ from rmt_trt.calibration.smooth import smoothed
 from rmt_trt.calibration.static import Kind, static_graph
 from rmt_trt.calibration.step_graph import read_step
 from rmt_trt.calibration.tables import tables
-from rmt_trt.calibration.tapped import step_entry
+from rmt_trt.calibration.tapped import quantizable, step_entry
 from rmt_trt.calibration.units import Grouping, Unit
 from rmt_trt.contract import LOGITS
 from rmt_trt.errors import ContractError, VerificationError
@@ -179,7 +179,8 @@ def measured(
         path, rescale = Path(folder) / GRAPH, None
         if options.smooth is not None:
             ranges, rescale = smoothed(bundle, ranges, options.smooth, frozenset(keep))
-        static_graph(bundle, ranges, path, kind, keep, rescale)
+        with quantizable(bundle):
+            static_graph(bundle, ranges, path, kind, keep, rescale)
         drifted = drift_of(bundle, path, sources, options, progress)
         reached = Reached(drifted)
         if options.questions is None or reached.shortfall(Budget(options.budget.max_drift)) > 0:

@@ -19,6 +19,7 @@ from rmt_trt.calibration.static import Kind, Rescale
 from rmt_trt.calibration.step_graph import read_step
 from rmt_trt.calibration.switched import States, Switched, switched
 from rmt_trt.calibration.tables import tables
+from rmt_trt.calibration.tapped import quantizable
 from rmt_trt.calibration.units import Grouping, Unit, memory_units, table_units, units_of
 
 
@@ -50,10 +51,11 @@ def sensitivity(
     `static_graph` and `beside`.
     """
     model, found = read_step(bundle)
-    looked_up = table_units(tables(model)) if kind.tables else ()
-    units = (*units_of(model, found, grouping), *looked_up, *memory_units(bundle.spec))
+    with quantizable(bundle):
+        looked_up = table_units(tables(model)) if kind.tables else ()
+        units = (*units_of(model, found, grouping), *looked_up, *memory_units(bundle.spec))
     del model
-    with tempfile.TemporaryDirectory(prefix="rmt-calibrate-") as folder:
+    with quantizable(bundle), tempfile.TemporaryDirectory(prefix="rmt-calibrate-") as folder:
         graph = switched(bundle, ranges, kind, units, Path(folder), rescale, threads)
     steps = [_with(graph, place) for place in range(len(units))]
     thresholds = {name: tensor.threshold for name, tensor in {**ranges.states, **ranges.tensors}.items()}

@@ -11,7 +11,7 @@ import numpy as np
 from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.calibration.products import Product, products
 from rmt_trt.calibration.tables import Table
-from rmt_trt.calibration.tapped import step_entry
+from rmt_trt.calibration.tapped import quantizable, step_entry
 from rmt_trt.errors import ContractError, FormatError, require
 from rmt_trt.files import cannot_write
 from rmt_trt.initial_state import INITIAL_KEY, SPEC_KEY
@@ -25,8 +25,14 @@ def read_step(bundle: Bundle) -> tuple[Any, tuple[Product, ...]]:
     Errors: FormatError, when there is no such graph or nothing in it to quantize.
     """
     onnx = require("onnx", "export", "a quantized graph")
-    model = onnx.load(str(bundle.graph_path(step_entry(bundle))))
-    chosen = products(model, bundle.spec)
+    with quantizable(bundle):
+        model = onnx.load(str(bundle.graph_path(step_entry(bundle))))
+        chosen = products(model, bundle.spec)
+    names = [product.node for product in chosen]
+    if len(set(names)) != len(names) or "" in names:
+        raise FormatError(
+            f"{bundle.path}: products of its step have no names of their own, by which they are quantized. Export the model again"
+        )
     if not chosen:
         raise FormatError(
             f"{bundle.path} has nothing to quantize: its step has no product of an activation with a constant float32 weight"

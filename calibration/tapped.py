@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.calibration.products import Product
-from rmt_trt.errors import ContractError, FormatError, require
+from rmt_trt.errors import ContractError, FormatError, RMTError, require
 from rmt_trt.runtime.engines.cpu import open_session
 
 GRAPH = "tapped.onnx"
@@ -26,14 +27,20 @@ def tapped_session(
     """
     onnx = require("onnx", "export", "calibration")
     entry = step_entry(bundle)
-    model = onnx.load(str(bundle.graph_path(entry)), load_external_data=False)
-    chosen = choose(model)
+    with quantizable(bundle):
+        model = onnx.load(str(bundle.graph_path(entry)), load_external_data=False)
+        chosen = choose(model)
     if not chosen:
         raise ContractError(
             f"{bundle.path}: its step has no product of an activation with a constant float32 weight; there is nothing to "
             f"quantize"
         )
     given = {value.name for value in (*model.graph.input, *model.graph.output)}
+    lacking = [name for name in (*bundle.spec.inputs, *bundle.spec.outputs) if name not in given]
+    if lacking:
+        raise FormatError(
+            f"{bundle.path}: its fp32 step has no {lacking[0]!r}, which its spec names. Export the model again"
+        )
     for name in dict.fromkeys(product.activation for product in chosen):
         if name not in given:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
@@ -49,6 +56,20 @@ def step_entry(bundle: Bundle) -> GraphEntry:
     if entry is None:
         raise FormatError(f"{bundle.path} holds no fp32 graph of its step. Export the model again")
     return entry
+
+
+@contextlib.contextmanager
+def quantizable(bundle: Bundle) -> Iterator[None]:
+    """onnx and onnxruntime.quantization trust a graph: one that was altered fails them anywhere. Errors: FormatError then."""
+    try:
+        yield
+    except (RMTError, OSError, MemoryError):
+        raise
+    except Exception as err:
+        raise FormatError(
+            f"{bundle.path}: its fp32 step cannot be quantized ({type(err).__name__}: {err!s:.300}). If the bundle was altered, "
+            f"export the model again"
+        ) from err
 
 
 def _link(source: Path, target: Path) -> None:

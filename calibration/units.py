@@ -126,5 +126,5 @@ def _scope(node: Any) -> str:
     try:
         scopes = ast.literal_eval(text)
         return str(scopes[-2]) if len(scopes) > 1 else ""
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError):
         return ""

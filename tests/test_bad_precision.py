@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -9,14 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
-from models import made
+from models import S, made
 from quantized import ranges_of
 
 from rmt_trt.benchmarks.precision_table import lines_of
 from rmt_trt.bundle import MANIFEST, Bundle
 from rmt_trt.calibration import load_ranges
 from rmt_trt.calibration.mix import Mix, load_mix
+from rmt_trt.calibration.step_graph import read_step
 from rmt_trt.commands import calibrate, verify
 from rmt_trt.errors import FormatError
 
@@ -180,3 +184,50 @@ def test_names_in_the_table_of_dtypes_steer_no_terminal(tmp_path: Path) -> None:
     path.write_text(json.dumps(SPEED))
     altered(path, "machine", "cpu", value="a\x1b[31m|b").rename(path)
     assert lines_of(tmp_path)["cpu", "int8"].machines == {"a?[31m/b, 2 cores (no vector instructions known)"}
+
+
+def spoil(bundle: Path, change: Callable[[Any], None]) -> None:
+    """Alters the bundle's step, and the manifest with it, as a stranger would."""
+    model = onnx.load(bundle / "step.onnx")
+    change(model)
+    onnx.save(model, bundle / "step.onnx")
+    data, manifest = (bundle / "step.onnx").read_bytes(), json.loads((bundle / MANIFEST).read_text())
+    manifest["files"]["step.onnx"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def nameless(model: Any) -> None:
+    for node in model.graph.node:
+        node.name = ""
+
+
+def without_states(model: Any) -> None:
+    del model.graph.output[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(nameless, "no names of their own"), (without_states, "has no 'new_memory'")]
+)
+def test_a_step_that_was_altered_is_no_bug_of_a_library(
+    bundle: Path,
+    change: Callable[[Any], None],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil(bundle, change)
+    before = (bundle / MANIFEST).read_bytes()
+    np.save(bundle.parent / "ids.npy", made("bert").document(5 * S))
+    asked = ["--data", bundle.parent / "ids.npy", "-o", bundle.parent / "out"]
+    assert message in run(calibrate.main, monkeypatch, capsys, bundle, *asked, *QUICK)
+    assert (bundle / MANIFEST).read_bytes() == before
+
+
+def test_what_a_library_cannot_read_is_told_as_a_damaged_step(bundle: Path) -> None:
+    entry = Bundle(bundle).manifest.files["step.onnx"]
+    data = b"\xff" * entry.size
+    (bundle / "step.onnx").write_bytes(data)
+    text = (bundle / MANIFEST).read_text().replace(entry.sha256, hashlib.sha256(data).hexdigest())
+    (bundle / MANIFEST).write_text(text)
+    with pytest.raises(FormatError, match="its fp32 step cannot be quantized"):
+        read_step(Bundle(bundle))
