@@ -12,6 +12,7 @@ from typing import Any
 from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.calibration.products import Product
 from rmt_trt.errors import ContractError, FormatError, RMTError, require
+from rmt_trt.files import cannot_write
 from rmt_trt.runtime.engines.cpu import open_session
 
 GRAPH = "tapped.onnx"
@@ -44,9 +45,12 @@ def tapped_session(
     for name in dict.fromkeys(product.activation for product in chosen):
         if name not in given:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    onnx.save(model, str(folder / GRAPH))
-    for name in entry.data:
-        _link(bundle.file(name), folder / Path(name).name)
+    try:
+        onnx.save(model, str(folder / GRAPH))
+        for name in entry.data:
+            _link(bundle.file(name), folder / Path(name).name)
+    except OSError as err:
+        raise cannot_write(folder, err) from err
     return open_session(folder / GRAPH, threads), chosen
 
 

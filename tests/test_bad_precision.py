@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -231,3 +232,19 @@ def test_what_a_library_cannot_read_is_told_as_a_damaged_step(bundle: Path) -> N
     (bundle / MANIFEST).write_text(text)
     with pytest.raises(FormatError, match="its fp32 step cannot be quantized"):
         read_step(Bundle(bundle))
+
+
+def test_a_full_disk_for_temporary_files_is_told_as_such(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    np.save(tmp_path / "ids.npy", made("bert").document(5 * S))
+    monkeypatch.setattr(onnx, "save", full)
+    err = run(
+        calibrate.main, monkeypatch, capsys, bundle, "--data", tmp_path / "ids.npy", "-o", tmp_path / "out", *QUICK
+    )
+    assert "cannot write" in err
+    assert "No space left on device" in err
+    assert not list((tmp_path / "out").iterdir())
