@@ -199,7 +199,7 @@ def check_options(segments: int, tolerance: float | None) -> None:
     """Errors: ContractError, for a number of segments below 2 or beyond MAX_SEGMENTS, a tolerance not above 0 or infinite."""
     check_segments(segments)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
-        raise ContractError(f"tolerance is {tolerance!r}; expected a finite number above 0 (--tolerance)")
+        raise ContractError(f"tolerance is {tolerance!r}; expected a number above 0, and finite (--tolerance)")
 
 
 def relative_error(value: np.ndarray, reference: np.ndarray) -> float:

@@ -128,7 +128,7 @@ def test_more_threads_than_a_machine_has_cores_for_are_refused(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--tolerance", "inf"), "tolerance is inf; expected a finite number"),
+        (("--tolerance", "inf"), "tolerance is inf; expected a number above 0, and finite"),
         (("--seed", "-1"), "seed is -1; expected"),
     ],
 )
