@@ -179,7 +179,7 @@ def llama_cases(step: Step) -> Cases:
     mlp = _only(low, "up", "down")
     variants: list[tuple[str, Any]] = [
         ("ONNX Runtime's nodes", None),
-        ("gate and up in one", no),
+        ("gate and up in one", replace(no, rotary="")),
         ("rotary, grouped", replace(no, gated=False, rotary="grouped")),
         ("rotary, repeated", replace(no, gated=False, rotary="repeated")),
         ("gate and up in one, rotary, grouped", replace(no, rotary="grouped")),
@@ -187,7 +187,7 @@ def llama_cases(step: Step) -> Cases:
         ("all fp16, rotary, grouped", Native(rotary="grouped")),
         ("all fp16, rotary, repeated", Native(rotary="repeated")),
         ("all fp16, rotary, repeated, 8 candidates", Native(rotary="repeated", candidates=8)),
-        ("fp8", Native(thresholds=low)),
+        ("fp8", Native(thresholds=low, rotary="")),
         ("fp8, rotary, repeated", Native(thresholds=low, rotary="repeated")),
         ("fp8 mlp, rotary, repeated", Native(thresholds=mlp, rotary="repeated")),
     ]

@@ -32,7 +32,7 @@ from rmt_trt.commands import verify as verify_command
 from rmt_trt.export import EngineOptions, add_engine_graphs, engine_graphs
 from rmt_trt.export.fused import FusedGraphs, fused_graphs
 from rmt_trt.export.graph_check import check_graphs
-from rmt_trt.export.native_check import by_nodes, with_tanh_gelu
+from rmt_trt.export.native_check import by_nodes, check_native, with_tanh_gelu
 from rmt_trt.export.verify import model_reference, random_document, relative_error
 from rmt_trt.model.step import model_spec
 from rmt_trt.runtime import native
@@ -146,8 +146,54 @@ def test_of_another_activation_only_large_batches_gain(tmp_path: Path) -> None:
     assert check.largest <= 1e-5
 
 
-def test_a_decoder_has_none(tmp_path: Path) -> None:
-    assert written(models.make_model("gpt2"), tmp_path).native == ()
+WHOLE = {"head_dim": 16}  # heads that the operator for rotary positions takes
+DECODERS: list[tuple[str, dict[str, Any], set[str]]] = [
+    ("gpt2", {}, {"Linear"}),
+    ("gpt_neox", {"use_parallel_residual": False}, {"Linear"}),
+    ("llama", {}, {"SiluMul"}),
+    ("llama", WHOLE, {"SiluMul", "Rotary"}),
+    ("llama", {**WHOLE, "num_key_value_heads": 4}, {"SiluMul", "Rotary"}),
+    ("llama", {**WHOLE, "hidden_act": "gelu"}, {"Rotary"}),
+    ("qwen2", WHOLE, {"Linear", "SiluMul", "Rotary"}),
+    ("qwen2", {**WHOLE, "model_type": "qwen3"}, {"SiluMul"}),
+]
+
+
+@pytest.mark.parametrize("nodes", [False, True], ids=["operators", "nodes"])
+@pytest.mark.parametrize(("name", "backbone", "operators"), DECODERS)
+def test_decoders_with_our_operators_follow_the_recurrence(
+    name: str, backbone: dict[str, Any], operators: set[str], nodes: bool, tmp_path: Path
+) -> None:
+    model = models.make_model(name, backbone=backbone)
+    graphs = written(model, tmp_path, by_nodes=nodes)
+    uses = {(entry.role, entry.min_batch) for entry in graphs.native}
+    assert uses == {("full", 1), ("step", 1), *([("full", 16)] if name == "gpt2" else [])}
+    parts = [node for entry in graphs.native for node in onnx.load(tmp_path / entry.file).graph.node]
+    assert {node.op_type for node in parts if node.domain == native.DOMAIN} == (set() if nodes else operators)
+    initial, said = [model.memory.detach().numpy()], []
+    check = check_native(
+        graphs.native, tmp_path, model, model_spec(model), initial, 20, lambda *done: said.append(done)
+    )
+    assert (0 < check.largest <= 1e-5, len(said) > 0) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [("gpt_neox", {}), ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "relu", "attention_bias": False}),
+     ("llama", {"intermediate_size": 72})],
+    ids=["parallel layers", "nothing to take in", "odd sizes"],
+)  # fmt: skip
+def test_decoders_that_would_gain_nothing_have_none(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
+    assert written(models.make_model(name, backbone=backbone), tmp_path).native == ()
+
+
+def test_gate_and_up_are_in_the_file_once(tmp_path: Path) -> None:
+    model = models.make_model("llama", backbone=WHOLE)
+    alone = fused_graphs(model, model_spec(model), "fp16", tmp_path)
+    size = (tmp_path / "cuda-fp16.data").stat().st_size
+    beside = fused_graphs(model, model_spec(model), "fp16", tmp_path, beside=True)
+    assert (len(alone.native), len(beside.native)) == (0, 8)
+    assert (tmp_path / "cuda-fp16.data").stat().st_size == size
 
 
 def matrices(path: Path) -> set[tuple[str, ...]]:

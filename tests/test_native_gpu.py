@@ -58,14 +58,14 @@ def batch_of(runtime: RMTRuntime, size: int, segments: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2", "llama", "qwen2"])
 def test_native_products_give_what_onnx_runtimes_give(name: str, dtype: str) -> None:
     with (
         opened(dtype, name=name) as own,
         opened(dtype, own=False, name=name) as other,
         RMTRuntime(wide_bundle(name, dtype), engine="cpu", threads=4) as exact,
     ):
-        for size in (1, 3, 8):
+        for size in (1, 3, 16):
             batch = batch_of(own, size, 20)
             for found, beside, wanted in zip(own.run(batch), other.run(batch), exact.run(batch), strict=True):
                 assert 0 < relative_error(found.memory, beside.memory) <= TOLERANCES[dtype]
@@ -74,8 +74,9 @@ def test_native_products_give_what_onnx_runtimes_give(name: str, dtype: str) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_documents_of_unequal_lengths_get_what_each_gets_alone(dtype: str) -> None:
-    with opened(dtype) as runtime:
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_documents_of_unequal_lengths_get_what_each_gets_alone(name: str, dtype: str) -> None:
+    with opened(dtype, name=name) as runtime:
         batch = [
             random_document(runtime.spec, length, seed) for seed, length in enumerate((1, S + 3, 4 * S, 20 * S - 1))
         ]
@@ -85,8 +86,9 @@ def test_documents_of_unequal_lengths_get_what_each_gets_alone(dtype: str) -> No
 
 @pytest.mark.parametrize("size", [1, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_captured_replays_give_what_a_run_without_capture_gives(dtype: str, size: int) -> None:
-    with opened(dtype) as runtime:
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_captured_replays_give_what_a_run_without_capture_gives(name: str, dtype: str, size: int) -> None:
+    with opened(dtype, name=name) as runtime:
         engine = engine_of(runtime)
         first = [found.memory for found in runtime.run(batch_of(runtime, size, 20))]
         again = [found.memory for found in runtime.run(batch_of(runtime, size, 20))]

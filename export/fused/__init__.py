@@ -17,6 +17,7 @@ from rmt_trt.export.fused.encoder import encoder_step
 from rmt_trt.export.fused.graph import FLOATS, OPSET, Graph, Weights
 from rmt_trt.export.fused.layers import EXACT_GELU, TANH_GELU, Backbone, CannotFuse, backbone_of
 from rmt_trt.export.fused.native import Native
+from rmt_trt.export.fused.native_decoder import gates, rotates
 from rmt_trt.initial_state import to_metadata
 from rmt_trt.model.step import RMTModel
 from rmt_trt.runtime.native import NEED
@@ -122,13 +123,25 @@ def _variants(backbone: Backbone, spec: StepSpec, native: Native | None) -> list
 
 
 def _native_variants(backbone: Backbone, spec: StepSpec, by_nodes: bool) -> list[Variant]:
-    """Of few rows, only where the activation can go into an epilogue: else nothing would be gained."""
-    if spec.form != "encoder":
-        return []
-    few, many = replace(FEW, by_nodes=by_nodes), replace(MANY, by_nodes=by_nodes)
-    large = Variant("full", SEPARATE_FROM[spec.form], True, many)
+    """Of few rows, only where more than a bias goes into a product: else nothing would be gained."""
+    if backbone.parallel:
+        return []  # such layers have no place for them
     epilogue = backbone.activation in (EXACT_GELU, TANH_GELU) and all(layer.gate is None for layer in backbone.layers)
-    return [large, *([Variant("full", 1, False, few), Variant("step", 1, False, few)] if epilogue else [])]
+    if backbone.rotary is not None:
+        return _roles(_rotary(backbone, by_nodes)) if epilogue or rotates(backbone) or gates(backbone) else []
+    large = Variant("full", SEPARATE_FROM[spec.form], True, replace(MANY, by_nodes=by_nodes))
+    return [large, *(_roles(replace(FEW, by_nodes=by_nodes)) if epilogue else [])]
+
+
+def _rotary(backbone: Backbone, by_nodes: bool) -> Native:
+    """Products of our own where these have a bias or an activation to take in; without, ONNX Runtime's are as quick."""
+    layer = backbone.layers[0]
+    bias = any(part.bias is not None for part in (layer.query, layer.key, layer.value))
+    return Native(qkv=bias, out=False, up=layer.gate is None, down=False, by_nodes=by_nodes)
+
+
+def _roles(native: Native) -> list[Variant]:
+    return [Variant("full", 1, False, native), Variant("step", 1, False, native)]
 
 
 def _step(graph: Graph, model: RMTModel, spec: StepSpec, backbone: Backbone, variant: Variant, head: str) -> None:

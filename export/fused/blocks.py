@@ -195,6 +195,13 @@ def attended(
             wanted=(True, True, True), domain=MICROSOFT, fused="rotary attention",
             num_heads=backbone.heads, kv_num_heads=backbone.kv_heads, do_rotary=1, rotary_interleaved=0,
         )[0]  # fmt: skip
+    return attended_apart(graph, qkv, layer, backbone, name)
+
+
+def attended_apart(graph: Graph, qkv: ir.Value, layer: Layer, backbone: Backbone, name: Names) -> ir.Value:
+    """The same by a node for each step: positions of queries and of keys, heads repeated, attention."""
+    assert backbone.rotary is not None
+    cos, sin = (graph.weight(f"rotary.{n}", t) for n, t in zip(("cos", "sin"), backbone.rotary, strict=True))
     query, key, content = _normed(graph, qkv, layer, backbone, name)
     places = graph.constant([0])  # the first position; the others follow
     rotated = 2 * backbone.rotary[0].shape[1]

@@ -30,12 +30,12 @@ class Native:
     thresholds  what the inputs of products in FP8 are cut at, by product ("layer0.qkv", .out, .up, .down); a product
                 without one stays in the graph's dtype
     norm, inner a norm, and the MLP's first product, round their results for the product behind them
-    rotary      positions of a decoder by a kernel of our own, before attention over "grouped" heads, or over heads of keys and
-                values "repeated" for every head of queries; "" leaves them to GroupQueryAttention
+    rotary      positions of a decoder by a kernel of our own, before attention over heads of keys and values "repeated" for
+                every head of queries, or over "grouped" heads; "" leaves them to GroupQueryAttention
     gated       a gated MLP's first two products are one, with their activation in one node behind it
     packed      query, key and value in FP8 are one product where nothing is masked, not three
     candidates  how many of cuBLASLt's algorithms are tried out for a product; 1 takes the first that it proposes
-    by_nodes    writes a product of the graph's dtype as the nodes of ONNX Runtime that it stands for
+    by_nodes    writes what is not FP8 as the nodes of ONNX Runtime that it stands for
     """
 
     qkv: bool = True
@@ -47,7 +47,7 @@ class Native:
     norm: bool = True
     inner: bool = True
     packed: bool = False
-    rotary: str = ""
+    rotary: str = "repeated"
     gated: bool = True
     candidates: int = 1
     fast: bool = True
@@ -79,12 +79,15 @@ def linear(
     name: str,
     bias_name: str = "bias",
     gelu: bool = False,
+    weight: ir.Value | None = None,
 ) -> ir.Value:
-    """A product with its bias and tanh-GELU. Of a Rounded one the weights are FP8 too."""
+    """A product with its bias and tanh-GELU. Of a Rounded one the weights are FP8 too. weight: the matrix's, where the graph
+    computes it."""
     bias = _bias(graph, matrix, f"{name}.{bias_name}")
     common = {"activation": "gelu" if gelu else "none", "candidates": native.candidates}
     if not isinstance(value, Rounded):
-        weight = graph.weight(f"{name}.weight", matrix.weight)
+        if weight is None:
+            weight = graph.weight(f"{name}.weight", matrix.weight)
         if native.by_nodes:
             out = graph.node("Add", graph.node("MatMul", value, weight), bias)
             return graph.node("FastGelu", out, domain=MICROSOFT) if gelu else out

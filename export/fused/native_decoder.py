@@ -55,6 +55,21 @@ def check_layers(backbone: Backbone) -> None:
         raise CannotFuse("our own operators are written into layers that follow one another, and these are parallel")
 
 
+def rotates(backbone: Backbone) -> bool:
+    """Whether the operator for rotary positions takes the backbone's: whole heads, which have no norm of their own."""
+    if backbone.rotary is None or any(layer.query_norm is not None for layer in backbone.layers):
+        return False
+    return 2 * backbone.rotary[0].shape[1] == backbone.head_size and backbone.head_size % VECTOR == 0
+
+
+def gates(backbone: Backbone) -> bool:
+    """Whether the operator for gated activations takes the backbone's MLPs."""
+    layers = backbone.layers
+    return backbone.activation == SILU and all(
+        la.gate is not None and not la.up.weight.shape[1] % VECTOR for la in layers
+    )
+
+
 def _low(graph: Graph, native: Native, value: ir.Value, product: str) -> Rounded | None:
     threshold = native.threshold(product)
     return None if threshold is None else rounded(graph, value, threshold)
@@ -100,10 +115,11 @@ def _rotary_attention(
         qkv = linear(graph, native, low or value, both, name("qkv"))
     else:
         qkv = blocks.linear(graph, value, both, name("qkv"))
-    assert backbone.rotary is not None
-    whole = 2 * backbone.rotary[0].shape[1] == backbone.head_size and backbone.head_size % VECTOR == 0
-    if not native.rotary or not whole or layer.query_norm is not None:
+    if not native.rotary or not rotates(backbone):
         return blocks.attended(graph, qkv, layer, backbone, name, length, last)
+    if native.by_nodes:
+        return blocks.attended_apart(graph, qkv, layer, backbone, name)
+    assert backbone.rotary is not None
     tables = [graph.weight(f"rotary.{n}", t) for n, t in zip(("cos", "sin"), backbone.rotary, strict=True)]
     repeated = native.rotary == "repeated"
     inputs = graph.nodes(
@@ -126,16 +142,11 @@ def _gated(
     """Gate and up as one product, their activation in one node, and the MLP's last product."""
     low, threshold = _low(graph, native, value, name("up")), native.threshold(name("down"))
     given: ir.Value | Rounded
-    if backbone.activation != SILU or not native.gated or layer.gate is None or layer.up.weight.shape[1] % VECTOR:
+    if not native.gated or not gates(backbone):
         inner = blocks.inner(graph, value, layer, backbone.activation, name)
         given = inner if threshold is None else rounded(graph, inner, threshold)
     else:
-        both = _side_by_side(layer.gate, layer.up)
-        if low is not None or native.up:
-            inner = linear(graph, native, low or value, both, name("gate_up"))
-        else:
-            inner = blocks.linear(graph, value, both, name("gate_up"))
-        given = _silu_mul(graph, inner, threshold)
+        given = _silu_mul(graph, native, _gate_and_up(graph, native, value, low, layer, name), threshold)
     if isinstance(given, Rounded) or native.down:
         return linear(graph, native, given, layer.down, name("down")), None
     return blocks.product(graph, given, layer.down, name("down")), blocks.bias(
@@ -143,7 +154,27 @@ def _gated(
     )
 
 
-def _silu_mul(graph: Graph, inner: ir.Value, threshold: float | None) -> ir.Value | Rounded:
+def _gate_and_up(
+    graph: Graph, native: Native, value: ir.Value, low: Rounded | None, layer: Layer, name: Names
+) -> ir.Value:
+    assert layer.gate is not None
+    both = _side_by_side(layer.gate, layer.up)
+    if low is not None:
+        return linear(graph, native, low, both, name("gate_up"))
+    # ONNX Runtime puts them together when it makes a session: the file has each once, for the graphs beside these too.
+    parts = [graph.weight(name(f"{n}.weight"), part.weight) for n, part in (("gate", layer.gate), ("up", layer.up))]
+    weight = graph.node("Concat", *parts, axis=1)
+    if native.up:
+        return linear(graph, native, value, both, name("gate_up"), weight=weight)
+    inner = graph.node("MatMul", value, weight)
+    bias = blocks.bias(graph, name("gate_up.bias"), both.bias)
+    return inner if bias is None else graph.node("Add", inner, bias)
+
+
+def _silu_mul(graph: Graph, native: Native, inner: ir.Value, threshold: float | None) -> ir.Value | Rounded:
+    if threshold is None and native.by_nodes:
+        gate, up = graph.nodes("Split", inner, wanted=(True, True), axis=-1, num_outputs=2)
+        return graph.node("Mul", blocks.activation(graph, gate, SILU), up)
     if threshold is None:
         return graph.node("SiluMul", inner, domain=DOMAIN, fused="silu*up")
     step = threshold / LARGEST
