@@ -18,7 +18,8 @@ from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, 
 from rmt_trt.commands.eval import parse_part
 from rmt_trt.commands.inputs import read_input
 from rmt_trt.commands.report import added_line, drift_table, record_lines
-from rmt_trt.errors import ContractError, EngineError, VerificationError, require
+from rmt_trt.commands.stages import shown_stages
+from rmt_trt.errors import ContractError, EngineError, require
 from rmt_trt.files import cannot_write, check_folder, check_target, sole_user
 
 if TYPE_CHECKING:
@@ -310,34 +311,13 @@ def _add(
     from rmt_trt.calibration import add_static, add_without_data
 
     started = time.perf_counter()
-    with stage_progress(screen) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(LABELS[stage], total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        try:
-            if planned is None:
-                made = add_without_data(path, engine, dtype, options=options, progress=show)
-            else:
-                made = add_static(
-                    path,
-                    planned.ranges,
-                    engine,
-                    dtype,
-                    planned.keep,
-                    planned.rescale,
-                    options,
-                    show,
-                    planned.record,
-                    half,
-                )
-        except VerificationError as err:
-            if "rows" in err.report:
-                screen.print(drift_table(err.report))
-            raise
+    with shown_stages(screen, LABELS) as show:
+        if planned is None:
+            made = add_without_data(path, engine, dtype, options=options, progress=show)
+        else:
+            made = add_static(
+                path, planned.ranges, engine, dtype, planned.keep, planned.rescale, options, show, planned.record, half
+            )
     if made.report is not None:
         screen.print(drift_table(made.report.to_json()))
     for line in record_lines(made.engine, made.dtype, made.to_json()):

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rmt_trt.bundle import Bundle
-from rmt_trt.commands.app import printable, stage_progress
+from rmt_trt.commands.app import printable
 from rmt_trt.commands.bench import whole_numbers
+from rmt_trt.commands.stages import shown_stages
 from rmt_trt.errors import ContractError, EngineError
 
 if TYPE_CHECKING:
@@ -195,14 +196,7 @@ def _chosen(
     options = want.options
     if options.budget.min_recall is not None and task is not None:
         options = replace(options, questions=Questions(task, want.segments, want.questions))
-    with stage_progress(screen) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(LABELS[stage], total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
+    with shown_stages(screen, LABELS) as show:
         try:
             return choose_mix(bundle, ranges, kind, sources, options, show, about, out / PARTIAL)
         except KeyboardInterrupt:

@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 
-from rmt_trt.commands.app import printable, stage_progress
+from rmt_trt.commands.app import printable
+from rmt_trt.commands.stages import shown_stages
 from rmt_trt.contract import DTYPES, Head
 from rmt_trt.engine_check import HEADS
 from rmt_trt.engine_record import HARDWARE
@@ -114,15 +115,7 @@ def build_engines(
 
     for dtype in dtypes:
         started = time.perf_counter()
-        with stage_progress(screen) as bars:
-            tasks: dict[str, Any] = {}
-
-            def show(stage: str, done: int, total: int, bars: Any = bars, tasks: dict[str, Any] = tasks) -> None:
-                if stage not in tasks:
-                    kind, _, rest = stage.partition(" ")
-                    tasks[stage] = bars.add_task(f"{LABELS[kind]}, {rest}", total=total)
-                bars.update(tasks[stage], completed=done, total=total)
-
+        with shown_stages(screen, LABELS) as show:
             made = add_engines(bundle, engine, (dtype,), options, step, show)
         for one in made:
             for line in engine_lines(one):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
 from rmt_trt.bundle import MANIFEST, Bundle
 from rmt_trt.commands import engine_options
-from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
+from rmt_trt.commands.app import Debug, Version, console, new_app, run_command
 from rmt_trt.commands.engine_options import (
     ComputeCapability,
     Device,
@@ -30,12 +30,13 @@ from rmt_trt.commands.engine_options import (
 )
 from rmt_trt.commands.reference import bundle_model
 from rmt_trt.commands.report import added_line, drift_table, record_lines
+from rmt_trt.commands.stages import shown_stages
 from rmt_trt.contract import ALIGNMENTS, DTYPES, Alignment
-from rmt_trt.errors import ContractError, FormatError, VerificationError, require
+from rmt_trt.errors import ContractError, FormatError, require
 from rmt_trt.files import check_target
 
 if TYPE_CHECKING:
-    from rmt_trt.export import EngineOptions, ExportOptions, Report
+    from rmt_trt.export import EngineOptions, ExportOptions
     from rmt_trt.export.tensorrt import BuildOptions
     from rmt_trt.model.checkpoint import LoadedModel, LoadOptions
     from rmt_trt.model.step import RMTModel
@@ -48,8 +49,6 @@ LABELS = {
 }  # fmt: skip
 ENGINES = ("cpu", "cuda", *engine_options.ENGINES)
 GRAPH_DTYPES = ("fp32", "fp16", "bf16")
-Show = Callable[[str, int, int], None]
-Result = TypeVar("Result")
 
 
 @app.command()
@@ -246,14 +245,11 @@ def _export(
     from rmt_trt.model.checkpoint import save_model as write_model
 
     started = time.perf_counter()
-
-    def work(show: Show) -> tuple[LoadedModel, Report]:
+    with shown_stages(screen, LABELS) as show:
         show("load", 0, 1)
         loaded = load_model(model, flags)
         show("load", 1, 1)
-        return loaded, export_model(loaded, target, options, source=model, progress=show)
-
-    loaded, report = _with_progress(screen, work)
+        report = export_model(loaded, target, options, source=model, progress=show)
     if save_model is not None:
         write_model(save_model, loaded.model, loaded.tokenizer)
     screen.print(drift_table(report.to_json()))
@@ -271,7 +267,8 @@ def _add(target: Path, engine: str, dtype: str, step: RMTModel | None, options: 
     from rmt_trt.export import add_engine_graphs
 
     started = time.perf_counter()
-    made = _with_progress(screen, lambda show: add_engine_graphs(target, engine, dtype, step, options, show))
+    with shown_stages(screen, LABELS) as show:
+        made = add_engine_graphs(target, engine, dtype, step, options, show)
     for report in (made.report, made.native and made.native.report):
         if report is not None:
             screen.print(drift_table(report.to_json()))
@@ -280,24 +277,6 @@ def _add(target: Path, engine: str, dtype: str, step: RMTModel | None, options: 
     screen.print(f"{target}: {added_line(Bundle(target), made.entries)} added in {time.perf_counter() - started:.1f} s")
     if made.report is None:
         screen.print(f"  where the engine runs: rmt-verify {target} --engine {engine} --dtype {dtype} --record")
-
-
-def _with_progress(screen: Console, work: Callable[[Show], Result]) -> Result:
-    """Runs `work` with a bar per stage; a verification that fails is shown before its error goes on."""
-    with stage_progress(screen) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(LABELS[stage], total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        try:
-            return work(show)
-        except VerificationError as err:
-            if "rows" in err.report:
-                screen.print(drift_table(err.report))
-            raise
 
 
 def default_bundle(model: Path) -> Path:
