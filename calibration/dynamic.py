@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from rmt_trt.bundle import Bundle, GraphEntry
-from rmt_trt.calibration.step_graph import chosen_products, read_step, split_gemms, write_step
-from rmt_trt.calibration.tables import kept_apart, quantize_tables, tables
+from rmt_trt.calibration.step_graph import ready_step, write_step
+from rmt_trt.calibration.tables import quantize_tables
 from rmt_trt.errors import require
 
 DTYPE = "int8-dynamic"
@@ -26,18 +26,15 @@ def dynamic_graph(bundle: Bundle | Path | str, path: Path, keep: Collection[str]
     bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     quantization = require("onnxruntime.quantization", "export", "a quantized graph")
     onnx_quantizer = require("onnxruntime.quantization.onnx_quantizer", "export", "a quantized graph")
-    model, found = read_step(bundle)
-    looked_up = tables(model)
-    nodes = [product.node for product in chosen_products(found, looked_up, keep)]
-    split_gemms(model.graph, nodes)
+    model, chosen, lookups = ready_step(bundle, keep)
     quantizer = onnx_quantizer.ONNXQuantizer(
         model, per_channel=True, reduce_range=False, mode=quantization.quant_utils.QuantizationMode.IntegerOps,
         static=False, weight_qType=quantization.QuantType.QInt8, activation_qType=quantization.QuantType.QUInt8,
-        tensors_range=None, nodes_to_quantize=nodes, nodes_to_exclude=[], op_types_to_quantize=["MatMul"],
-        extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
+        tensors_range=None, nodes_to_quantize=[product.node for product in chosen], nodes_to_exclude=[],
+        op_types_to_quantize=["MatMul"], extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
     )  # fmt: skip
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     quantized = quantizer.model.model
-    quantize_tables(quantized, kept_apart(looked_up, keep))
+    quantize_tables(quantized, lookups)
     return write_step(quantized, model, path, DTYPE)

@@ -12,8 +12,8 @@ import numpy as np
 from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.calibration.half import in_half
 from rmt_trt.calibration.ranges import Ranges
-from rmt_trt.calibration.step_graph import chosen_products, drop_unused, read_step, split_gemms, write_step
-from rmt_trt.calibration.tables import kept_apart, quantize_tables, tables
+from rmt_trt.calibration.step_graph import drop_unused, ready_step, write_step
+from rmt_trt.calibration.tables import quantize_tables
 from rmt_trt.errors import ContractError, FormatError, require
 
 Rescale = Mapping[str, np.ndarray]
@@ -74,21 +74,18 @@ def static_graph(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     ranges.require_model(bundle.spec, bundle.path)
-    model, all_products = read_step(bundle)
-    looked_up = tables(model) if kind.tables else ()
-    chosen = chosen_products(all_products, looked_up, keep)
+    model, chosen, lookups = ready_step(bundle, keep, kind.tables)
     missing = [product.activation for product in chosen if product.activation not in ranges.tensors]
     if missing:
         raise FormatError(
             f"there is no range of the tensor {missing[0]!r:.80}: the ranges were taken from another export. Calibrate with "
             f"rmt-calibrate"
         )
-    split_gemms(model.graph, {product.node for product in chosen})
     thresholds = {product.activation: ranges.tensors[product.activation].threshold for product in chosen}
     renamed = _rescaled(model.graph, {product.node for product in chosen}, thresholds, rescale or {})
     thresholds = {renamed.get(name, name): threshold for name, threshold in thresholds.items()}
     quantized = _quantized(model, [product.node for product in chosen], thresholds, kind)
-    quantize_tables(quantized, kept_apart(looked_up, keep))
+    quantize_tables(quantized, lookups)
     if kind.half:
         quantized = in_half(quantized, bundle.spec)
     return write_step(quantized, model, path, kind.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 
 from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.calibration.products import Product, products
-from rmt_trt.calibration.tables import Table
+from rmt_trt.calibration.tables import Table, kept_apart, tables
 from rmt_trt.calibration.tapped import quantizable, step_entry
 from rmt_trt.errors import ContractError, FormatError, require
 from rmt_trt.files import cannot_write
@@ -38,6 +38,21 @@ def read_step(bundle: Bundle) -> tuple[Any, tuple[Product, ...]]:
             f"{bundle.path} has nothing to quantize: its step has no product of an activation with a constant float32 weight"
         )
     return model, chosen
+
+
+def ready_step(
+    bundle: Bundle, keep: Collection[str], with_tables: bool = True
+) -> tuple[Any, tuple[Product, ...], list[Table]]:
+    """The step as `read_step` gives it with the Gemms among its products split, the products that are quantized when `keep`
+    stays as it is, and so the embedding tables; none without `with_tables`.
+
+    Errors: as `read_step` and `chosen_products`.
+    """
+    model, found = read_step(bundle)
+    looked_up = tables(model) if with_tables else ()
+    chosen = chosen_products(found, looked_up, keep)
+    split_gemms(model.graph, [product.node for product in chosen])
+    return model, chosen, kept_apart(looked_up, keep)
 
 
 def chosen_products(

@@ -10,8 +10,8 @@ from typing import Any
 
 from rmt_trt.bundle import Bundle, GraphEntry
 from rmt_trt.calibration.products import products
-from rmt_trt.calibration.step_graph import chosen_products, drop_unused, read_step, split_gemms, write_step
-from rmt_trt.calibration.tables import Table, kept_apart, quantize_tables, tables
+from rmt_trt.calibration.step_graph import drop_unused, ready_step, split_gemms, write_step
+from rmt_trt.calibration.tables import Table, quantize_tables
 from rmt_trt.errors import require
 
 BITS = {"int8-weights": 8, "int4-weights": 4}
@@ -33,13 +33,9 @@ def weights_graph(
     those of the files. Errors: FormatError, when nothing can be quantized; ContractError for names that the step lacks.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-    model, found = read_step(bundle)
-    looked_up = tables(model)
-    nodes = [product.node for product in chosen_products(found, looked_up, keep)]
-    lookups = kept_apart(looked_up, keep)
-    split_gemms(model.graph, nodes)
+    model, chosen, lookups = ready_step(bundle, keep)
     heads = _own_weights(model.graph, lookups)
-    quantized = by_blocks(model, {*nodes, *heads}, BITS[dtype])
+    quantized = by_blocks(model, {*(product.node for product in chosen), *heads}, BITS[dtype])
     quantize_tables(quantized, [Table(table.name, table.lookups) for table in lookups])
     return write_step(quantized, model, path, dtype)
 
