@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
+from rmt_trt.contract import LOGITS, StepSpec
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
 from rmt_trt.export.fused.layers import Backbone, Linear
+from rmt_trt.export.fused.memory import hand_on, inputs, text_counts
 from rmt_trt.export.fused.native import Native
 from rmt_trt.export.fused.native_decoder import decoder_layers
 from rmt_trt.model.config import ModelConfig
@@ -47,10 +48,9 @@ def decoder_step(
 ) -> None:
     """Writes the whole step into `graph`. separate: query, key and value by three products. native: by which of our own
     operators. Errors: CannotFuse, for a backbone that has no place for them."""
-    state = spec.states[0]
-    memory = graph.input(state.input, ir.DataType.FLOAT, ("batch", *state.shape))
-    segment = graph.input(SEGMENT, ir.DataType.INT64, ("batch", spec.segment_length))
-    layout = Layout(config.num_memory, spec.segment_length, None if role == "full" else _count(graph, segment))
+    memory, segment = inputs(graph, spec)
+    count = None if role == "full" else text_counts(graph, segment, ir.DataType.INT64)
+    layout = Layout(config.num_memory, spec.segment_length, count)
     rows = _rows(graph, backbone, layout, memory, segment)
     last = None
     if backbone.rotary is not None:
@@ -62,10 +62,8 @@ def decoder_step(
         value = decoder_layers(graph, native, backbone, layout.length, rows, last, separate)
 
     written = graph.to_float(_span(graph, value, layout, layout.memory, layout.memory))
-    if layout.count is not None:
-        alive = graph.node("Unsqueeze", graph.node("Greater", layout.count, graph.constant(0)), graph.constant([2]))
-        written = graph.node("Where", alive, written, memory)
-    graph.output(written, state.output, ir.DataType.FLOAT, ("batch", *state.shape))
+    alive = None if count is None else graph.node("Greater", count, graph.constant(0))
+    hand_on(graph, spec, written, memory, alive)
     _head(graph, spec, backbone, layout, value, segment, head)
 
 
@@ -102,12 +100,6 @@ def _layers(
         value, *totals = blocks.skip_norm(graph, mixed, total, added, after, after_name, total=following)
         total = totals[0] if totals else total
     return value
-
-
-def _count(graph: Graph, segment: ir.Value) -> ir.Value:
-    """(batch, 1) int64: text tokens of each row."""
-    valid = graph.cast(graph.node("GreaterOrEqual", segment, graph.constant(0)), ir.DataType.INT64)
-    return graph.node("ReduceSum", valid, graph.constant([1]), keepdims=1)
 
 
 def _rows(graph: Graph, backbone: Backbone, layout: Layout, memory: ir.Value, segment: ir.Value) -> ir.Value:

@@ -13,11 +13,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
+from rmt_trt.contract import LOGITS, StepSpec
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
 from rmt_trt.export.fused.layers import Backbone
+from rmt_trt.export.fused.memory import hand_on, inputs, text_counts
 from rmt_trt.export.fused.native import Native, encoder_layers
 from rmt_trt.model.config import ModelConfig
 
@@ -34,10 +35,8 @@ def encoder_step(
 ) -> None:
     """Writes the whole step into `graph`. separate: query, key and value by three products. native: by which of our own
     operators."""
-    state = spec.states[0]
-    memory = graph.input(state.input, ir.DataType.FLOAT, ("batch", *state.shape))
-    segment = graph.input(SEGMENT, ir.DataType.INT64, ("batch", spec.segment_length))
-    count = None if role == "full" else _count(graph, segment)
+    memory, segment = inputs(graph, spec)
+    count = None if role == "full" else text_counts(graph, segment, ir.DataType.INT32)
     rows = _rows(graph, config, spec, backbone, memory, segment, count)
     lengths = None if count is None else _lengths(graph, config, count)
 
@@ -51,10 +50,8 @@ def encoder_step(
         value = encoder_layers(graph, native, value, backbone, lengths, separate)
 
     written = graph.to_float(graph.slice(value, 0, config.num_memory))
-    if count is not None:
-        alive = graph.node("Unsqueeze", graph.node("Greater", count, graph.constant(0, np.int32)), graph.constant([2]))
-        written = graph.node("Where", alive, written, memory)
-    graph.output(written, state.output, ir.DataType.FLOAT, ("batch", *state.shape))
+    alive = None if count is None else graph.node("Greater", count, graph.constant(0, np.int32))
+    hand_on(graph, spec, written, memory, alive)
     if head != "none":
         graph.output(_classes(graph, config, value, backbone), LOGITS, ir.DataType.FLOAT, ("batch", spec.num_logits))
 
@@ -72,12 +69,6 @@ def _layers(graph: Graph, value: ir.Value, backbone: Backbone, lengths: ir.Value
         bias = blocks.bias(graph, name("down.bias"), layer.down.bias)
         value = blocks.skip_norm(graph, inner, value, bias, layer.norm2, name("norm2"))[0]
     return value
-
-
-def _count(graph: Graph, segment: ir.Value) -> ir.Value:
-    """(batch, 1) int32: text tokens of each row."""
-    valid = graph.cast(graph.node("GreaterOrEqual", segment, graph.constant(0)), ir.DataType.INT32)
-    return graph.node("ReduceSum", valid, graph.constant([1]), keepdims=1)
 
 
 def _lengths(graph: Graph, config: ModelConfig, count: ir.Value) -> ir.Value:
