@@ -40,7 +40,7 @@ class Through:
         for name, most in (("segments", MOST_SEGMENTS), ("documents", MOST_DOCUMENTS)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ContractError(f"{name} is {value!r:.60}; expected a whole number from 1 to {most:,}")
+                raise ContractError(f"--drift-{name} is {value!r:.60}; expected a whole number from 1 to {most:,}")
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rmt_trt.contract import StepSpec
 from rmt_trt.errors import ContractError
 from rmt_trt.runtime import RMTRuntime
 from rmt_trt.training.tasks.task import Task
@@ -25,13 +26,25 @@ class Questions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.segments or not 1 <= min(self.segments) <= max(self.segments) <= MOST_SEGMENTS:
-            came = ",".join(map(str, self.segments)) or "empty"
-            raise ContractError(f"--recall-segments is {came:.60}; expected numbers from 1 to {MOST_SEGMENTS:,}")
-        if not 1 <= self.count <= MOST_QUESTIONS:
-            raise ContractError(
-                f"--recall-questions is {self.count}; expected a whole number from 1 to {MOST_QUESTIONS:,}"
-            )
+        check_questions(self.segments, self.count)
+
+
+def check_questions(segments: Sequence[int], count: int) -> None:
+    """Errors: ContractError, for numbers of segments or of questions that there are not."""
+    if not segments or not 1 <= min(segments) <= max(segments) <= MOST_SEGMENTS:
+        came = ",".join(map(str, segments)) or "empty"
+        raise ContractError(f"--recall-segments is {came:.60}; expected numbers from 1 to {MOST_SEGMENTS:,}")
+    if not 1 <= count <= MOST_QUESTIONS:
+        raise ContractError(f"--recall-questions is {count}; expected a whole number from 1 to {MOST_QUESTIONS:,}")
+
+
+def check_lengths(questions: Questions, spec: StepSpec) -> None:
+    """Errors: ContractError, where documents of so few segments hold no question."""
+    from rmt_trt.evaluation.cases import Case, documents
+
+    for segments in questions.segments:
+        # How a document fills its last segment goes round by four.
+        documents(questions.task, Case(questions.task.name, segments, None, questions.count), spec, SEEDS, samples=4)
 
 
 @dataclass(frozen=True)

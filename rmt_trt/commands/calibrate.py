@@ -115,29 +115,32 @@ def calibrate(
     calibrated = _is_calibrated(engine, dtype, given, want)
     half = _is_half(rest, engine, calibrated)
     options = CollectOptions(method, draws, seed, threads, first_only)
+    _check_verified(check)
     verification = EngineOptions(segments=check, tolerance=tolerance, accept_drift=accept_drift)
     opened, screen = Bundle(bundle), console()
+    check_folder(opened.path, "the graph would be added")
+    check_folder(opened.path.resolve().parent, "the graph is kept beside the bundle until it is verified")
     if not calibrated:
         return _add(bundle, engine, dtype, None, half, verification, screen)
     found = None if ranges is None else load_ranges(ranges)
     if found is not None:
         found.require_model(opened.spec, bundle)
+    asked = None if task is None else _open_task(opened, task, text, share)
+    want = mixing.fitted(want, opened, (engine, dtype), asked)
     sources: list[Source] = []
-    asked: Task | None = None
     about: dict[str, Any] = {"command": shown(sys.argv[1:], "rmt-calibrate")}
     with contextlib.ExitStack() as held:
         if found is None or want.measures:
             _make_folder(out)
             held.enter_context(sole_user(out, "rmt-calibrate"))
-            if task is not None:
-                asked = _open_task(opened, task, text, share)
+            if asked is not None:
                 sources, more = _of_task(opened, asked, documents, segments, seed)
             else:
                 sources, more = _of_files(opened, data or [], documents, segments)
             about |= more
         if found is None:
             found = _collect(opened, sources, options, about, out, resume, screen)
-        planned = mixing.plan(opened, found, (engine, dtype), want, sources, asked, about, out, resume, screen)
+        planned = mixing.plan(opened, found, (engine, dtype), want, sources, about, out, resume, screen)
     _add(bundle, engine, dtype, planned, half, verification, screen)
 
 
@@ -186,6 +189,16 @@ def _check_options(
     for name, value, most in (("--documents", documents, MOST_DOCUMENTS), ("--segments", segments, MOST_SEGMENTS)):
         if value is not None and not 1 <= value <= most:
             raise ContractError(f"{name} is {value}; expected a number from 1 to {most:,}")
+
+
+def _check_verified(check: int) -> None:
+    """Errors: ContractError, for a number of segments that no verification goes through."""
+    from rmt_trt.export.verify_documents import MAX_SEGMENTS
+
+    if check != 0 and not 2 <= check <= MAX_SEGMENTS:
+        raise ContractError(
+            f"--check is {check}; expected a number from 2 to {MAX_SEGMENTS:,}, or 0 to leave the verification out"
+        )
 
 
 def _make_folder(path: Path) -> None:

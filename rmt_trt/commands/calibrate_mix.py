@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rmt_trt.calibration import Kind, Ranges, Source
+    from rmt_trt.calibration.mix import Mix
     from rmt_trt.calibration.search import Chosen, MixOptions
     from rmt_trt.calibration.sensitivity import UnitDrift
     from rmt_trt.training.tasks.task import Task
@@ -56,20 +57,22 @@ RecallQuestions = Annotated[int, typer.Option(help="Questions at each number of 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the options say, checked. `options` lacks the questions until the task is open.
+    """What the options say, checked. `options` lacks the questions until `fitted` has them.
 
+    file, mix            an earlier run's
     segments, questions  of the recall
     """
 
     options: MixOptions
     file: Path | None
+    mix: Mix | None
     segments: tuple[int, ...]
     questions: int
 
     @property
     def mixes(self) -> bool:
         """Whether anything but the plain quantized graph is asked for."""
-        return self.measures or self.file is not None or self.options.smooth is not None
+        return self.measures or self.mix is not None or self.options.smooth is not None
 
     @property
     def measures(self) -> bool:
@@ -103,6 +106,7 @@ def wanted(
     """through: segments and documents. documents: whether there are any. Errors: ContractError."""
     from rmt_trt.calibration.beside import Through
     from rmt_trt.calibration.mix import Budget, load_mix
+    from rmt_trt.calibration.recall import check_questions
     from rmt_trt.calibration.search import NO_QUESTIONS, MixOptions
     from rmt_trt.calibration.smooth import check_alpha
     from rmt_trt.calibration.units import check_grouping
@@ -116,14 +120,38 @@ def wanted(
         raise ContractError(
             f"--mix {file} is a mix that was found; leave out --max-drift, --min-recall and --sensitivity"
         )
-    if file is not None:
-        load_mix(file)  # what is no mix is said before documents are read
+    mix = None if file is None else load_mix(file)
+    if mix is not None and smooth not in (None, mix.smooth):
+        raise ContractError(
+            f"--smooth is {smooth:g}, and {file} was found with {mix.smooth}; leave --smooth out, or find another mix"
+        )
     if (budget or sensitivity) and not documents:
         asked = str(budget) or "--sensitivity"
         raise ContractError(f"{asked} is measured on documents; give --data FILE or --task NAMES beside --ranges")
     numbers = tuple(whole_numbers("--recall-segments", recall[0]))
+    check_questions(numbers, recall[1])
     options = MixOptions(budget, Through(*through), check_grouping(units), None, sensitivity, smooth, threads)
-    return Wanted(options, file, numbers, recall[1])
+    return Wanted(options, file, mix, numbers, recall[1])
+
+
+def fitted(want: Wanted, bundle: Bundle, use: tuple[str, str], task: Task | None) -> Wanted:
+    """The same with the questions of the task, when all of it fits the bundle. use: engine and dtype.
+
+    Errors: FormatError, for a mix of another model, dtype or export; ContractError, for documents that are too short for
+    their questions.
+    """
+    from rmt_trt.calibration.add import STATIC
+    from rmt_trt.calibration.recall import Questions, check_lengths
+    from rmt_trt.calibration.search import keepable
+
+    if want.mix is not None and want.file is not None:
+        kind = STATIC[use]
+        want.mix.require(bundle.spec, kind.dtype, keepable(bundle, kind), want.file)
+    if want.options.budget.min_recall is None or task is None:
+        return want
+    questions = Questions(task, want.segments, want.questions)
+    check_lengths(questions, bundle.spec)
+    return replace(want, options=replace(want.options, questions=questions))
 
 
 def plan(
@@ -132,35 +160,25 @@ def plan(
     use: tuple[str, str],
     want: Wanted,
     sources: Sequence[Source],
-    task: Task | None,
     about: dict[str, Any],
     out: Path,
     resume: bool,
     screen: Console,
 ) -> Plan:
-    """The mix that is asked for. use: engine and dtype. A measured one is written into `out`.
+    """The mix that is asked for. use: engine and dtype. want: `fitted`. A measured one is written into `out`.
 
-    Errors: as `choose_mix`, `load_mix` and `smoothed`; ContractError for a mix that leaves nothing to quantize.
+    Errors: as `choose_mix` and `smoothed`; ContractError for a mix that leaves nothing to quantize.
     """
     from rmt_trt.calibration.add import STATIC
-    from rmt_trt.calibration.mix import load_mix
-    from rmt_trt.calibration.search import keepable
 
-    kind = STATIC[use]
-    if want.file is not None:
-        mix = load_mix(want.file)
-        mix.require(bundle.spec, kind.dtype, keepable(bundle, kind), want.file)
-        if want.options.smooth not in (None, mix.smooth):
-            raise ContractError(
-                f"--smooth is {want.options.smooth:g}, and {want.file} was found with {mix.smooth}; leave --smooth out, or find "
-                f"another mix"
-            )
+    mix = want.mix
+    if mix is not None:
         return _planned(bundle, ranges, mix.products, mix.smooth, mix.record())
     if not want.measures:
         return _planned(bundle, ranges, (), want.options.smooth, {})
     if not resume:
         (out / PARTIAL).unlink(missing_ok=True)
-    chosen = _chosen(bundle, ranges, kind, want, sources, task, about, out, screen)
+    chosen = _chosen(bundle, ranges, STATIC[use], want.options, sources, about, out, screen)
     _write(chosen, out, screen)
     return _planned(bundle, ranges, chosen.mix.products, chosen.mix.smooth, chosen.mix.record())
 
@@ -181,21 +199,14 @@ def _chosen(
     bundle: Bundle,
     ranges: Ranges,
     kind: Kind,
-    want: Wanted,
+    options: MixOptions,
     sources: Sequence[Source],
-    task: Task | None,
     about: dict[str, Any],
     out: Path,
     screen: Console,
 ) -> Chosen:
-    from dataclasses import replace
-
-    from rmt_trt.calibration.recall import Questions
     from rmt_trt.calibration.search import choose_mix
 
-    options = want.options
-    if options.budget.min_recall is not None and task is not None:
-        options = replace(options, questions=Questions(task, want.segments, want.questions))
     with shown_stages(screen, LABELS) as show:
         try:
             return choose_mix(bundle, ranges, kind, sources, options, show, about, out / PARTIAL)
