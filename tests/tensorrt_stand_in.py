@@ -21,9 +21,11 @@ from models import made
 from tensorrt_library import MAGIC, library
 from tensorrt_world import StrictGpu, StrictLateGpu, World
 
+from rmt_trt import RMTRuntime
 from rmt_trt.bundle import Bundle, add_files
 from rmt_trt.engine_record import FOLDER, EngineRecord
 from rmt_trt.runtime import buckets, cuda
+from rmt_trt.runtime.engines.tensorrt import TensorRTEngine
 
 
 def engine_file(
@@ -60,6 +62,13 @@ def engine_bundle(folder: Path, name: str, engine: str, heads: tuple[str, ...] =
         for one in both:
             one.unlink()
     return path
+
+
+def engine_of(runtime: RMTRuntime) -> TensorRTEngine:
+    """The TensorRT engine that a runtime steps on."""
+    engine = runtime._engine
+    assert isinstance(engine, TensorRTEngine)
+    return engine
 
 
 @contextmanager
