@@ -36,6 +36,7 @@ from rmt_trt.model.step import DecoderStep, EncoderStep, fingerprint
 from rmt_trt.runtime import RMTRuntime, native
 from rmt_trt.runtime.engines import refusal
 from rmt_trt.runtime.source import open_source
+from rmt_trt.stage import stage_folder
 
 __all__ = ["EngineGraphs", "EngineOptions", "add_engine_graphs", "add_written"]
 
@@ -147,8 +148,8 @@ def _added(
     path = bundle.path
     try:
         # Beside the bundle: a folder for temporary files may be smaller than a model.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.resolve().parent) as scratch:
-            stage = Path(scratch) / "stage.rmt"
+        with stage_folder(path) as scratch:
+            stage = scratch / "stage.rmt"
             (stage / GRAPHS).mkdir(parents=True)
             progress("graphs", 0, 1)
             made = write(stage / GRAPHS)

@@ -8,13 +8,13 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rmt_trt.errors import ContractError, FormatError
+from rmt_trt.stage import stage_folder
 
 _NUMBERS = itertools.count()
 
@@ -112,31 +112,26 @@ def atomic_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         raise FormatError(f"{path} exists already. Choose another name (-o), or replace it with --overwrite")
     path = path.resolve() if path.is_symlink() else path
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as err:
-        raise cannot_write(path, err) from err
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        for name in temporary.rglob("*"):
-            sync(name)
-        if path.exists():
-            retired = temporary.with_suffix(".old")
-            try:
-                os.rename(path, retired)
+        with stage_folder(path) as temporary:
+            yield temporary
+            temporary.chmod(0o755)
+            for name in temporary.rglob("*"):
+                sync(name)
+            if path.exists():
+                retired = temporary.with_suffix(".old")
+                try:
+                    os.rename(path, retired)
+                    os.rename(temporary, path)
+                except BaseException:  # Ctrl-C too: what was there is put back
+                    if not os.path.lexists(path):
+                        os.rename(retired, path)
+                    raise
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
                 os.rename(temporary, path)
-            except BaseException:  # Ctrl-C too: what was there is put back
-                if not os.path.lexists(path):
-                    os.rename(retired, path)
-                raise
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.rename(temporary, path)
-        sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as err:
         raise cannot_write(path, err) from err
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_file(path: Path, data: bytes) -> None:

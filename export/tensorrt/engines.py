@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from rmt_trt.export.tensorrt.options import BuildOptions, heads_of
 from rmt_trt.export.tensorrt.products import check_dtypes, check_products
 from rmt_trt.files import cannot_write, check_folder, check_target, checked_path, sha256, write_file
 from rmt_trt.initial_state import to_metadata
+from rmt_trt.stage import stage_folder
 
 Progress = Callable[[str, int, int], None]
 UNVERIFIED = "compiled, and never run: rmt-verify does that on a machine with such a GPU"
@@ -96,10 +96,8 @@ def add_engines(
     for dtype in dtypes:
         try:
             # Beside the bundle: a folder for temporary files may be smaller than a model.
-            with tempfile.TemporaryDirectory(
-                prefix=f".{path.name}.", suffix=".tmp", dir=path.resolve().parent
-            ) as scratch:
-                built += _Adding(Bundle(path), flavour, dtype, options, Path(scratch)).add(model, progress)
+            with stage_folder(path) as scratch:
+                built += _Adding(Bundle(path), flavour, dtype, options, scratch).add(model, progress)
         except OSError as err:
             raise cannot_write(path, err) from err
     return tuple(built)
