@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from models import scratch
 from onnx import TensorProto, helper, numpy_helper
+from shared import once
 from steps import TWO_STATES, GatedStep
 
 from rmt_trt.bundle import LOCK
@@ -28,10 +28,8 @@ HEAD = NODE("Slice", ["mean", "zero", "three", "one"], ["logits"])
 @functools.cache
 def gated() -> Path:
     """A bundle of a user's own step, made once per session, so nobody may change its files."""
-    path = scratch() / "builds" / "gated.rmt"
-    path.parent.mkdir()
-    export_step_bundle(GatedStep(), TWO_STATES, path, options=ExportOptions(segments=2))
-    return path
+    options = ExportOptions(segments=3)
+    return once("gated.rmt", lambda path: export_step_bundle(GatedStep(), TWO_STATES, path, options=options))
 
 
 def copy_of(bundle: Path, folder: Path) -> Path:
