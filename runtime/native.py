@@ -1,8 +1,9 @@
 """Where the project's own operators for ONNX Runtime are: a shared library that is built when the package is installed.
 
-It gives the CUDA provider products with bias and GELU in their epilogue, and products in FP8, by cuBLASLt. Its sources are
-in `native/`; without a C compiler the package installs without it. Graphs of a bundle that have such operators say so
-(`needs`), and who lacks the library runs the graphs beside them.
+It gives the CUDA provider products with bias and GELU in their epilogue and products in FP8, by cuBLASLt, and kernels for
+rotary positions and gated activations, which NVRTC compiles on the GPU's machine. Its sources are in `native/`; without a C
+compiler the package installs without it. Graphs of a bundle that have such operators say so (`needs`), and who lacks the
+library runs the graphs beside them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import pytest
 import torch
 from gpu import require_gpu
 from hardware import require_native
-from models import S, example_bundle, made
+from models import S, example_bundle, made, make_model
 from onnx import TensorProto, helper
 from quantized import ranges_of
 from stand_in import host_gpu
@@ -29,6 +29,7 @@ from rmt_trt.errors import ContractError, FormatError
 from rmt_trt.export import EngineOptions, fused
 from rmt_trt.export.fused.layers import Backbone, backbone_of
 from rmt_trt.export.verify import random_document, relative_error
+from rmt_trt.model.step import model_spec
 from rmt_trt.runtime import machine, native
 from rmt_trt.runtime.products import products_refusal
 
@@ -323,6 +324,19 @@ def test_decoders_multiply_in_fp8_too(name: str, products: int, tmp_path: Path) 
     worst = made_of.report.to_json()["worst"]
     assert 1e-3 < worst < 0.4
     assert {graph.head for graph in made_of.entries} == {"none", "last", "all", "loglik"}
+
+
+def test_a_gate_of_another_activation_is_multiplied_in_fp8_apart(tmp_path: Path) -> None:
+    model = make_model("llama", backbone={"hidden_act": "gelu"})
+    thresholds = {f"layer{number}.{name}": 1.0 for number in range(2) for name in ("qkv", "out", "up", "down")}
+    made = fused.fused_graphs(model, model_spec(model), "fp8", tmp_path, native=fused.Native(thresholds=thresholds))
+    for entry in made.entries:
+        if entry.head == "none":
+            graph = onnx.load(tmp_path / entry.file, load_external_data=False).graph
+            used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+            assert [node.op_type for node in graph.node if not used & set(node.output)] == []
+            operators = [node.op_type for node in graph.node]
+            assert (operators.count("Linear"), operators.count("MatMul")) == (2 * 5, 0)
 
 
 @pytest.mark.gpu

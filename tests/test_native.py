@@ -153,6 +153,8 @@ DECODERS: list[tuple[str, dict[str, Any], set[str]]] = [
     ("llama", {}, {"SiluMul"}),
     ("llama", WHOLE, {"SiluMul", "Rotary"}),
     ("llama", {**WHOLE, "num_key_value_heads": 4}, {"SiluMul", "Rotary"}),
+    ("llama", {**WHOLE, "num_key_value_heads": 1}, {"SiluMul", "Rotary"}),
+    ("llama", {"mlp_bias": True, "attention_bias": True}, {"Linear", "SiluMul"}),
     ("llama", {**WHOLE, "hidden_act": "gelu"}, {"Rotary"}),
     ("qwen2", WHOLE, {"Linear", "SiluMul", "Rotary"}),
     ("qwen2", {**WHOLE, "model_type": "qwen3"}, {"SiluMul"}),
@@ -180,20 +182,32 @@ def test_decoders_with_our_operators_follow_the_recurrence(
 @pytest.mark.parametrize(
     ("name", "backbone"),
     [("gpt_neox", {}), ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "relu", "attention_bias": False}),
-     ("llama", {"intermediate_size": 72})],
+     ("llama", {"intermediate_size": 68})],
     ids=["parallel layers", "nothing to take in", "odd sizes"],
 )  # fmt: skip
 def test_decoders_that_would_gain_nothing_have_none(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
     assert written(models.make_model(name, backbone=backbone), tmp_path).native == ()
 
 
-def test_gate_and_up_are_in_the_file_once(tmp_path: Path) -> None:
+def test_gate_and_up_are_in_the_file_once_and_taken_apart_when_a_session_is_made(tmp_path: Path) -> None:
+    """By the graphs beside those with our operators: these take the two as they lie there."""
     model = models.make_model("llama", backbone=WHOLE)
-    alone = fused_graphs(model, model_spec(model), "fp16", tmp_path)
-    size = (tmp_path / "cuda-fp16.data").stat().st_size
-    beside = fused_graphs(model, model_spec(model), "fp16", tmp_path, beside=True)
+    alone = fused_graphs(model, model_spec(model), "fp32", tmp_path, grouped=True)
+    size = (tmp_path / "cuda-fp32.data").stat().st_size
+    beside = written(model, tmp_path)
     assert (len(alone.native), len(beside.native)) == (0, 8)
-    assert (tmp_path / "cuda-fp16.data").stat().st_size == size
+    assert (tmp_path / "cuda-fp32.data").stat().st_size <= size
+    splits = []
+    for entry in (beside.entries[0], beside.native[0]):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        native.register(options)
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(tmp_path / entry.file, options, providers=["CPUExecutionProvider"])
+        for path in (tmp_path / entry.file, tmp_path / "optimized.onnx"):
+            parts = onnx.load(path, load_external_data=False).graph.node
+            splits.append(sum(node.op_type == "Split" and node.input[0].endswith("gate_up.weight") for node in parts))
+    assert splits == [2, 0, 0, 0]
 
 
 def matrices(path: Path) -> set[tuple[str, ...]]:

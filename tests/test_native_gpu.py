@@ -68,6 +68,8 @@ def test_native_products_give_what_onnx_runtimes_give(name: str, dtype: str) -> 
         for size in (1, 3, 16):
             batch = batch_of(own, size, 20)
             for found, beside, wanted in zip(own.run(batch), other.run(batch), exact.run(batch), strict=True):
+                # Without products of our own the same to the last bit, where rounding hides another order of sums.
+                assert found.memory.tobytes() != beside.memory.tobytes() or name in ("llama", "qwen2")
                 assert relative_error(found.memory, beside.memory) <= TOLERANCES[dtype]
                 assert relative_error(found.memory, wanted.memory) <= TOLERANCES[dtype]
                 assert relative_error(found.logits, wanted.logits) <= TOLERANCES[dtype]

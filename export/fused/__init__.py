@@ -92,12 +92,14 @@ def fused_graphs(
     backbone = backbone_of(model)
     metadata = to_metadata(spec, {"memory": model.memory.detach().numpy()})
     weights = Weights(folder / f"cuda-{dtype}.data", half)
+    own_variants = _native_variants(backbone, spec, by_nodes) if beside else []
+    joined = bool(own_variants) and gates(backbone)
 
     def written(variants: list[Variant]) -> tuple[tuple[GraphEntry, ...], dict[str, int]]:
         found = []
         for variant in variants:
             for head in HEADS[spec.logits]:
-                graph = Graph(weights, half != "fp32" if grouped is None else grouped)
+                graph = Graph(weights, half != "fp32" if grouped is None else grouped, joined)
                 _step(graph, model, spec, backbone, variant, head)
                 name = variant.file(dtype, head)
                 graph.save(folder / name, metadata)
@@ -110,7 +112,7 @@ def fused_graphs(
 
     try:
         graphs = written(_variants(backbone, spec, native))
-        own = written(_native_variants(backbone, spec, by_nodes) if beside else [])
+        own = written(own_variants)
     finally:
         weights.close()
     return FusedGraphs(*graphs, *own)
@@ -136,8 +138,9 @@ def _native_variants(backbone: Backbone, spec: StepSpec, by_nodes: bool) -> list
 def _rotary(backbone: Backbone, by_nodes: bool) -> Native:
     """Products of our own where these have a bias or an activation to take in; without, ONNX Runtime's are as quick."""
     layer = backbone.layers[0]
-    bias = any(part.bias is not None for part in (layer.query, layer.key, layer.value))
-    return Native(qkv=bias, out=False, up=layer.gate is None, down=False, by_nodes=by_nodes)
+    qkv = any(part.bias is not None for part in (layer.query, layer.key, layer.value))
+    up = layer.gate is None or layer.gate.bias is not None or layer.up.bias is not None
+    return Native(qkv=qkv, out=False, up=up, down=False, by_nodes=by_nodes)
 
 
 def _roles(native: Native) -> list[Variant]:

@@ -36,10 +36,12 @@ def product(graph: Graph, value: ir.Value, linear: Linear, name: str) -> ir.Valu
 
 def linear(graph: Graph, value: ir.Value, matrix: Linear, name: str) -> ir.Value:
     """Rows times a matrix, with its bias if it has one."""
-    out = product(graph, value, matrix, name)
-    if matrix.bias is None:
-        return out
-    return graph.node("Add", out, graph.weight(f"{name}.bias", matrix.bias))
+    return biased(graph, product(graph, value, matrix, name), matrix.bias, name)
+
+
+def biased(graph: Graph, value: ir.Value, bias: torch.Tensor | None, name: str) -> ir.Value:
+    """value + bias, where there is one."""
+    return value if bias is None else graph.node("Add", value, graph.weight(f"{name}.bias", bias))
 
 
 def norm(graph: Graph, value: ir.Value, by: Norm, name: str) -> ir.Value:
@@ -88,15 +90,39 @@ def mlp(graph: Graph, value: ir.Value, layer: Layer, kind: str, name: Names) -> 
 def inner(graph: Graph, value: ir.Value, layer: Layer, kind: str, name: Names) -> ir.Value:
     """What the MLP's last product takes."""
     if layer.gate is not None:
-        gate, up = (linear(graph, value, part, name(n)) for part, n in ((layer.gate, "gate"), (layer.up, "up")))
-        if kind == SILU:
-            return silu_product(graph, gate, up, layer)
-        return graph.node("Mul", activation(graph, gate, kind), up)
+        matrices = zip(gate_and_up(graph, layer, name), (layer.gate, layer.up), ("gate", "up"), strict=True)
+        gate, up = (
+            biased(graph, graph.node("MatMul", value, weight), part.bias, name(n)) for weight, part, n in matrices
+        )
+        return gated(graph, gate, up, layer, kind)
     if layer.up.bias is not None and kind in (EXACT_GELU, TANH_GELU):
         op = "BiasGelu" if kind == EXACT_GELU else "FastGelu"
         bias = graph.weight(name("up.bias"), layer.up.bias)
         return graph.node(op, product(graph, value, layer.up, name("up")), bias, domain=MICROSOFT, fused="bias+gelu")
     return activation(graph, linear(graph, value, layer.up, name("up")), kind)
+
+
+def gated(graph: Graph, gate: ir.Value, up: ir.Value, layer: Layer, kind: str) -> ir.Value:
+    """activation(gate) * up."""
+    if kind == SILU:
+        return silu_product(graph, gate, up, layer)
+    return graph.node("Mul", activation(graph, gate, kind), up)
+
+
+def gate_and_up(graph: Graph, layer: Layer, name: Names) -> list[ir.Value]:
+    """Both matrices of a gated MLP. In a joined graph the file has them side by side, as graphs with our own operators take
+    them, and ONNX Runtime takes them apart when it makes a session."""
+    if graph.joined:
+        return graph.nodes("Split", side_by_side(graph, layer, name), wanted=(True, True), axis=1, num_outputs=2)
+    parts = (layer.gate, layer.up)
+    return [graph.weight(name(f"{n}.weight"), p.weight) for n, p in zip(("gate", "up"), parts, strict=True) if p]
+
+
+def side_by_side(graph: Graph, layer: Layer, name: Names) -> ir.Value:
+    """(d, 2 f): the gate's matrix, and beside it the other's."""
+    return graph.weight(
+        name("gate_up.weight"), lambda: torch.cat([p.weight for p in (layer.gate, layer.up) if p], dim=1)
+    )
 
 
 def silu_product(graph: Graph, gate: ir.Value, up: ir.Value, layer: Layer) -> ir.Value:
@@ -174,14 +200,14 @@ def bias(graph: Graph, name: str, value: torch.Tensor | None) -> ir.Value | None
 
 
 def rotary_attention(
-    graph: Graph, value: ir.Value, layer: Layer, backbone: Backbone, name: Names, length: int, last: ir.Value
+    graph: Graph, value: ir.Value, layer: Layer, backbone: Backbone, name: Names, length: int, last: ir.Value | None
 ) -> ir.Value:
     """Causal attention with rotary positions and grouped queries. last (batch,) int32: length - 1 of every row."""
     return attended(graph, linear(graph, value, packed(layer), name("qkv")), layer, backbone, name, length, last)
 
 
 def attended(
-    graph: Graph, qkv: ir.Value, layer: Layer, backbone: Backbone, name: Names, length: int, last: ir.Value
+    graph: Graph, qkv: ir.Value, layer: Layer, backbone: Backbone, name: Names, length: int, last: ir.Value | None
 ) -> ir.Value:
     """The same, of what its product gives: (batch, L, (h + 2 g) * head size)."""
     assert backbone.rotary is not None

@@ -18,7 +18,7 @@ from rmt_trt.export.fused.graph import Graph
 from rmt_trt.export.fused.layers import Backbone, Linear
 from rmt_trt.export.fused.memory import hand_on, inputs, text_counts
 from rmt_trt.export.fused.native import Native
-from rmt_trt.export.fused.native_decoder import decoder_layers
+from rmt_trt.export.fused.native_decoder import decoder_layers, takes_groups
 from rmt_trt.model.config import ModelConfig
 from rmt_trt.runtime.signature import LOGLIK
 
@@ -53,7 +53,7 @@ def decoder_step(
     layout = Layout(config.num_memory, spec.segment_length, count)
     rows = _rows(graph, backbone, layout, memory, segment)
     last = None
-    if backbone.rotary is not None:
+    if takes_groups(native, backbone):
         batch = graph.node("Shape", segment, start=0, end=1)
         last = graph.node("Expand", graph.constant([layout.length - 1], np.int32), batch)
     if native is None:
@@ -75,7 +75,7 @@ def _layers(
     value = blocks.norm(graph, rows, backbone.layers[0].norm1, "layer0.norm1")
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
-        if last is None:
+        if backbone.rotary is None:
             attention = blocks.separate_attention if separate else blocks.packed_attention
             mixed = attention(graph, value, layer, backbone, name, None, causal=True)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ OPSET = 20
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONNX_FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 ALIGNMENT = 4096  # of a tensor in the file, so that it can be mapped
+LARGEST = 448.0  # of E4M3
+
+Tensor = torch.Tensor | Callable[[], torch.Tensor]  # made when it is written, where it takes time
 
 
 class Weights:
@@ -26,31 +29,38 @@ class Weights:
         self.path, self.dtype = path, dtype
         self._file = path.open("wb")
         self._entries: dict[str, ir.ExternalTensor] = {}
+        self._steps: dict[str, float] = {}
 
-    def tensor(self, name: str, value: torch.Tensor) -> ir.ExternalTensor:
+    def tensor(self, name: str, value: Tensor) -> ir.ExternalTensor:
         """A tensor in the graphs' dtype; the same name is the same tensor."""
-        return self._written(name, value, FLOATS[self.dtype], ONNX_FLOATS[self.dtype])
-
-    def float8(self, name: str, value: torch.Tensor) -> ir.ExternalTensor:
-        """The same in E4M3, whose largest value is 448."""
-        return self._written(name, value.clamp(-448, 448), torch.float8_e4m3fn, ir.DataType.FLOAT8E4M3FN)
-
-    def _written(self, name: str, value: torch.Tensor, dtype: torch.dtype, kind: ir.DataType) -> ir.ExternalTensor:
         if name not in self._entries:
-            data = value.detach().to(dtype).contiguous()
-            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-            offset = self._file.tell()
-            self._file.write(data.view(torch.uint8).numpy().data)
-            self._entries[name] = ir.ExternalTensor(
-                location=self.path.name,
-                offset=offset,
-                length=self._file.tell() - offset,
-                dtype=kind,
-                shape=ir.Shape(data.shape),
-                name=name,
-                base_dir=self.path.parent,
-            )
+            found = value if isinstance(value, torch.Tensor) else value()
+            self._write(name, found.detach().to(FLOATS[self.dtype]), ONNX_FLOATS[self.dtype])
         return self._entries[name]
+
+    def float8(self, name: str, matrix: Tensor) -> tuple[ir.ExternalTensor, float]:
+        """A matrix (in, out) as (out, in) in E4M3, and the step that it counts in, which takes its largest magnitude to 448."""
+        if name not in self._entries:
+            weight = (matrix if isinstance(matrix, torch.Tensor) else matrix()).detach().float()
+            self._steps[name] = step = max(float(weight.abs().max()), 1e-30) / LARGEST
+            turned = (weight.T / step).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+            self._write(name, turned, ir.DataType.FLOAT8E4M3FN)
+        return self._entries[name], self._steps[name]
+
+    def _write(self, name: str, value: torch.Tensor, kind: ir.DataType) -> None:
+        data = value.contiguous()
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        self._file.write(data.view(torch.uint8).numpy().data)
+        self._entries[name] = ir.ExternalTensor(
+            location=self.path.name,
+            offset=offset,
+            length=self._file.tell() - offset,
+            dtype=kind,
+            shape=ir.Shape(data.shape),
+            name=name,
+            base_dir=self.path.parent,
+        )
 
     def flush(self) -> None:
         """What was written so far can be read."""
@@ -63,9 +73,10 @@ class Weights:
 class Graph:
     """Nodes in the order in which they are written. `fused` counts what one node does in place of several."""
 
-    def __init__(self, weights: Weights, grouped: bool = True) -> None:
+    def __init__(self, weights: Weights, grouped: bool = True, joined: bool = False) -> None:
+        """grouped: as `fused_graphs`. joined: as `blocks.gate_and_up`."""
         self.weights = weights
-        self.dtype, self.grouped = weights.dtype, grouped
+        self.dtype, self.grouped, self.joined = weights.dtype, grouped, joined
         self.fused: Counter[str] = Counter()
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
@@ -82,13 +93,14 @@ class Graph:
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         self._outputs.append(value)
 
-    def weight(self, name: str, value: torch.Tensor) -> ir.Value:
+    def weight(self, name: str, value: Tensor) -> ir.Value:
         """A weight in the graph's dtype, kept in the file of weights."""
         return self._initializer(name, self.weights.tensor(name, value))
 
-    def float8(self, name: str, value: torch.Tensor) -> ir.Value:
-        """A weight in FP8, kept there too."""
-        return self._initializer(name, self.weights.float8(name, value))
+    def float8(self, name: str, matrix: Tensor) -> tuple[ir.Value, float]:
+        """A matrix turned and in FP8, kept there too, and its step."""
+        tensor, step = self.weights.float8(name, matrix)
+        return self._initializer(name, tensor), step
 
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
         """A small constant inside the graph; equal ones are one."""

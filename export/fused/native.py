@@ -15,11 +15,10 @@ import torch
 
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
-from rmt_trt.export.fused.graph import MICROSOFT, Graph
+from rmt_trt.export.fused.graph import LARGEST, MICROSOFT, Graph
 from rmt_trt.export.fused.layers import EXACT_GELU, TANH_GELU, Backbone, Layer, Linear, Norm
 from rmt_trt.runtime.native import DOMAIN
 
-LARGEST = 448.0
 WIDEST = 8192  # row that SkipLayerNormQuantize takes
 
 
@@ -79,23 +78,32 @@ def linear(
     name: str,
     bias_name: str = "bias",
     gelu: bool = False,
-    weight: ir.Value | None = None,
 ) -> ir.Value:
-    """A product with its bias and tanh-GELU. Of a Rounded one the weights are FP8 too. weight: the matrix's, where the graph
-    computes it."""
-    bias = _bias(graph, matrix, f"{name}.{bias_name}")
-    common = {"activation": "gelu" if gelu else "none", "candidates": native.candidates}
-    if not isinstance(value, Rounded):
-        if weight is None:
-            weight = graph.weight(f"{name}.weight", matrix.weight)
-        if native.by_nodes:
-            out = graph.node("Add", graph.node("MatMul", value, weight), bias)
-            return graph.node("FastGelu", out, domain=MICROSOFT) if gelu else out
-        return graph.node("Linear", value, weight, bias, domain=DOMAIN, fused="product+bias", **common)
-    weight, step = _weight(graph, matrix, name)
+    """A product with its bias and tanh-GELU. Of a Rounded one the weights are FP8 too."""
+    bias = bias_of(graph, matrix.bias, matrix.weight.shape[1], f"{name}.{bias_name}")
+    if isinstance(value, Rounded):
+        return low_product(graph, native, value, graph.float8(f"{name}.weight.fp8", matrix.weight), bias, gelu)
+    return product(graph, native, value, graph.weight(f"{name}.weight", matrix.weight), bias, gelu)
+
+
+def product(
+    graph: Graph, native: Native, value: ir.Value, weight: ir.Value, bias: ir.Value, gelu: bool = False
+) -> ir.Value:
+    """The same of values in the graph's dtype."""
+    if native.by_nodes:
+        out = graph.node("Add", graph.node("MatMul", value, weight), bias)
+        return graph.node("FastGelu", out, domain=MICROSOFT) if gelu else out
+    return graph.node("Linear", value, weight, bias, domain=DOMAIN, fused="product+bias", **_asked(native, gelu))
+
+
+def low_product(
+    graph: Graph, native: Native, value: Rounded, weight: tuple[ir.Value, float], bias: ir.Value, gelu: bool = False
+) -> ir.Value:
+    """The same in FP8. weight: and its step."""
     return graph.node(
-        "Linear", value.value, weight, bias,
-        domain=DOMAIN, fused="FP8 product", transposed=1, fast=int(native.fast), scale=value.step * step, **common,
+        "Linear", value.value, weight[0], bias,
+        domain=DOMAIN, fused="FP8 product", transposed=1, fast=int(native.fast), scale=value.step * weight[1],
+        **_asked(native, gelu),
     )  # fmt: skip
 
 
@@ -103,27 +111,26 @@ def linear_rounded(
     graph: Graph, native: Native, value: Rounded, matrix: Linear, name: str, threshold: float, gelu: bool = False
 ) -> Rounded:
     """The same, its result rounded to FP8 for the product behind it."""
-    weight, step = _weight(graph, matrix, name)
+    weight, step = graph.float8(f"{name}.weight.fp8", matrix.weight)
     inverse = graph.constant([LARGEST / threshold], np.float32)
+    bias = bias_of(graph, matrix.bias, matrix.weight.shape[1], f"{name}.bias")
     out = graph.node(
-        "LinearQuantize", value.value, weight, _bias(graph, matrix, f"{name}.bias"), inverse,
+        "LinearQuantize", value.value, weight, bias, inverse,
         domain=DOMAIN, fused="FP8 product", transposed=1, fast=int(native.fast), scale=value.step * step,
-        activation="gelu" if gelu else "none", candidates=native.candidates,
+        **_asked(native, gelu),
     )  # fmt: skip
     return Rounded(out, threshold / LARGEST)
 
 
-def _weight(graph: Graph, matrix: Linear, name: str) -> tuple[ir.Value, float]:
-    """(out, in) in FP8, and its step."""
-    step = max(float(matrix.weight.detach().abs().max()), 1e-30) / LARGEST
-    return graph.float8(f"{name}.weight.fp8", matrix.weight.detach().float().T / step), step
+def _asked(native: Native, gelu: bool) -> dict[str, str | int]:
+    return {"activation": "gelu" if gelu else "none", "candidates": native.candidates}
 
 
-def _bias(graph: Graph, matrix: Linear, name: str) -> ir.Value:
+def bias_of(graph: Graph, bias: torch.Tensor | None, width: int, name: str) -> ir.Value:
     """Every product has one: that of zeros costs nothing in an epilogue."""
-    if matrix.bias is None:
-        return graph.weight(f"zeros.{matrix.weight.shape[1]}", torch.zeros(matrix.weight.shape[1]))
-    return graph.weight(name, matrix.bias)
+    if bias is None:
+        return graph.weight(f"zeros.{width}", torch.zeros(width))
+    return graph.weight(name, bias)
 
 
 def skip_norm(

@@ -11,19 +11,19 @@ import torch
 
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
-from rmt_trt.export.fused.graph import MICROSOFT, Graph
+from rmt_trt.export.fused.graph import LARGEST, MICROSOFT, Graph
 from rmt_trt.export.fused.layers import SILU, Backbone, CannotFuse, Layer, Linear
-from rmt_trt.export.fused.native import LARGEST, Native, Rounded, linear, mlp, rounded
+from rmt_trt.export.fused.native import Native, Rounded, bias_of, linear, low_product, mlp, product, rounded
 from rmt_trt.runtime.native import DOMAIN
 
-VECTOR = 16  # values of a head, and twice those of a gate, come in as many
+HEADS, GATES = 16, 8  # heads' sizes, and widths of gated MLPs, are multiples of
 
 
 def decoder_layers(
     graph: Graph, native: Native, backbone: Backbone, length: int, rows: ir.Value, last: ir.Value | None, separate: bool
 ) -> ir.Value:
-    """(batch, L, d) -> (batch, L, d) after the final norm. last: as `blocks.rotary_attention`, None without such positions.
-    separate: query, key and value by three products, where there are none.
+    """(batch, L, d) -> (batch, L, d) after the final norm. last: as `blocks.rotary_attention`, where `takes_groups`.
+    separate: query, key and value by three products, where there are no rotary positions.
 
     Errors: CannotFuse, for layers whose attention and MLP read one and the same residual.
     """
@@ -59,14 +59,21 @@ def rotates(backbone: Backbone) -> bool:
     """Whether the operator for rotary positions takes the backbone's: whole heads, which have no norm of their own."""
     if backbone.rotary is None or any(layer.query_norm is not None for layer in backbone.layers):
         return False
-    return 2 * backbone.rotary[0].shape[1] == backbone.head_size and backbone.head_size % VECTOR == 0
+    return 2 * backbone.rotary[0].shape[1] == backbone.head_size and backbone.head_size % HEADS == 0
+
+
+def takes_groups(native: Native | None, backbone: Backbone) -> bool:
+    """Whether attention takes heads in groups, and rows' lengths with them."""
+    if backbone.rotary is None:
+        return False
+    return native is None or native.rotary != "repeated" or not rotates(backbone)
 
 
 def gates(backbone: Backbone) -> bool:
     """Whether the operator for gated activations takes the backbone's MLPs."""
     layers = backbone.layers
     return backbone.activation == SILU and all(
-        la.gate is not None and not la.up.weight.shape[1] % VECTOR for la in layers
+        la.gate is not None and not la.up.weight.shape[1] % GATES for la in layers
     )
 
 
@@ -81,7 +88,7 @@ def _attention(
 ) -> tuple[ir.Value, ir.Value | None]:  # fmt: skip
     """Attention and its last product, and the bias that is still to be added."""
     low, folded = _low(graph, native, value, name("qkv")), False
-    if last is not None:
+    if backbone.rotary is not None:
         mixed = _rotary_attention(graph, native, value, low, layer, backbone, name, length, last)
     elif low is not None or (native.qkv and separate):
         parts = ((layer.query, "query"), (layer.key, "key"), (layer.value, "value"))
@@ -108,7 +115,7 @@ def _causal(graph: Graph, inputs: list[ir.Value], backbone: Backbone) -> ir.Valu
 
 def _rotary_attention(
     graph: Graph, native: Native, value: ir.Value, low: Rounded | None, layer: Layer, backbone: Backbone, name: Names,
-    length: int, last: ir.Value,
+    length: int, last: ir.Value | None,
 ) -> ir.Value:  # fmt: skip
     both = blocks.packed(layer)
     if low is not None or native.qkv:
@@ -142,11 +149,11 @@ def _gated(
     """Gate and up as one product, their activation in one node, and the MLP's last product."""
     low, threshold = _low(graph, native, value, name("up")), native.threshold(name("down"))
     given: ir.Value | Rounded
-    if not native.gated or not gates(backbone):
-        inner = blocks.inner(graph, value, layer, backbone.activation, name)
-        given = inner if threshold is None else rounded(graph, inner, threshold)
-    else:
+    if native.gated and gates(backbone):
         given = _silu_mul(graph, native, _gate_and_up(graph, native, value, low, layer, name), threshold)
+    else:
+        inner = _apart(graph, native, value, low, layer, backbone.activation, name)
+        given = inner if threshold is None else rounded(graph, inner, threshold)
     if isinstance(given, Rounded) or native.down:
         return linear(graph, native, given, layer.down, name("down")), None
     return blocks.product(graph, given, layer.down, name("down")), blocks.bias(
@@ -154,21 +161,35 @@ def _gated(
     )
 
 
+def _apart(
+    graph: Graph, native: Native, value: ir.Value, low: Rounded | None, layer: Layer, kind: str, name: Names
+) -> ir.Value:
+    """What the MLP's last product takes, by a product for the gate and one for what it lets through."""
+    if low is None or layer.gate is None:
+        return blocks.inner(graph, value, layer, kind, name)
+    gate, up = (linear(graph, native, low, part, name(n)) for part, n in ((layer.gate, "gate"), (layer.up, "up")))
+    return blocks.gated(graph, gate, up, layer, kind)
+
+
 def _gate_and_up(
     graph: Graph, native: Native, value: ir.Value, low: Rounded | None, layer: Layer, name: Names
 ) -> ir.Value:
     assert layer.gate is not None
-    both = _side_by_side(layer.gate, layer.up)
+    parts = (layer.gate, layer.up)
+    width, bias = sum(part.weight.shape[1] for part in parts), _bias_beside(layer.gate, layer.up)
     if low is not None:
-        return linear(graph, native, low, both, name("gate_up"))
-    # ONNX Runtime puts them together when it makes a session: the file has each once, for the graphs beside these too.
-    parts = [graph.weight(name(f"{n}.weight"), part.weight) for n, part in (("gate", layer.gate), ("up", layer.up))]
-    weight = graph.node("Concat", *parts, axis=1)
+        weight = graph.float8(name("gate_up.weight.fp8"), lambda: torch.cat([part.weight for part in parts], dim=1))
+        return low_product(graph, native, low, weight, bias_of(graph, bias, width, name("gate_up.bias")))
+    both = blocks.side_by_side(graph, layer, name)
     if native.up:
-        return linear(graph, native, value, both, name("gate_up"), weight=weight)
-    inner = graph.node("MatMul", value, weight)
-    bias = blocks.bias(graph, name("gate_up.bias"), both.bias)
-    return inner if bias is None else graph.node("Add", inner, bias)
+        return product(graph, native, value, both, bias_of(graph, bias, width, name("gate_up.bias")))
+    return blocks.biased(graph, graph.node("MatMul", value, both), bias, name("gate_up"))
+
+
+def _bias_beside(gate: Linear, up: Linear) -> torch.Tensor | None:
+    if gate.bias is None and up.bias is None:
+        return None
+    return torch.cat([p.weight.new_zeros(p.weight.shape[1]) if p.bias is None else p.bias for p in (gate, up)])
 
 
 def _silu_mul(graph: Graph, native: Native, inner: ir.Value, threshold: float | None) -> ir.Value | Rounded:
@@ -180,11 +201,3 @@ def _silu_mul(graph: Graph, native: Native, inner: ir.Value, threshold: float | 
     step = threshold / LARGEST
     out = graph.node("SiluMulQuantize", inner, domain=DOMAIN, fused="silu*up", inverse=1 / step)
     return Rounded(out, step)
-
-
-def _side_by_side(gate: Linear, up: Linear) -> Linear:
-    weight = torch.cat([gate.weight, up.weight], dim=1)
-    if gate.bias is None and up.bias is None:
-        return Linear(weight)
-    biases = [weight.new_zeros(p.weight.shape[1]) if p.bias is None else p.bias for p in (gate, up)]
-    return Linear(weight, torch.cat(biases))

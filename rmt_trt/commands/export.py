@@ -86,7 +86,7 @@ def export(
         bool,
         typer.Option(
             "--native/--no-native",
-            help="Beside an encoder's fused graphs in half precision, write graphs with rmt-trt's own products.",
+            help="Beside fused graphs in half precision, write graphs with rmt-trt's own operators, which are faster.",
         ),
     ] = True,
     checkpoint: Annotated[

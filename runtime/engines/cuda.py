@@ -336,6 +336,8 @@ def open_session(path: Path, gpu: cuda.Gpu, ours: bool = False) -> Any:
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     # Fused Q/DQ is made of nodes for integers on the CPU. Unfused, tensors are rounded on the GPU and multiplied in float.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Without a limit: what a graph says of weights alone is done now, and not in every step.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "0")
     if ours:
         native.register(options)
     provider = {
