@@ -53,7 +53,7 @@ def decoder_step(
     layout = Layout(config.num_memory, spec.segment_length, count)
     rows = _rows(graph, backbone, layout, memory, segment)
     last = None
-    if takes_groups(native, backbone):
+    if takes_groups(graph, native, backbone):
         batch = graph.node("Shape", segment, start=0, end=1)
         last = graph.node("Expand", graph.constant([layout.length - 1], np.int32), batch)
     if native is None:

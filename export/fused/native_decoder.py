@@ -62,9 +62,9 @@ def rotates(backbone: Backbone) -> bool:
     return 2 * backbone.rotary[0].shape[1] == backbone.head_size and backbone.head_size % HEADS == 0
 
 
-def takes_groups(native: Native | None, backbone: Backbone) -> bool:
+def takes_groups(graph: Graph, native: Native | None, backbone: Backbone) -> bool:
     """Whether attention takes heads in groups, and rows' lengths with them."""
-    if backbone.rotary is None:
+    if not blocks.grouped_kernel(graph, backbone):
         return False
     return native is None or native.rotary != "repeated" or not rotates(backbone)
 
