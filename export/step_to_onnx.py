@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rmt_trt.contract import LOGITS, SEGMENT, StepSpec
+from rmt_trt.contract import BATCH_AXIS, LOGITS, SEGMENT, TEXT_AXIS, StepSpec
 from rmt_trt.errors import ContractError
 from rmt_trt.export.recover import WEIGHTS_KEY, places_of
 from rmt_trt.files import cannot_write, sync
@@ -128,8 +128,8 @@ def _export(step: nn.Module, spec: StepSpec, opset: int) -> Any:
         torch.zeros((2, *state.shape), dtype=getattr(torch, state.dtype), device=device) for state in spec.states
     )
     segment = torch.zeros((2, length), dtype=torch.int64, device=device)
-    batch = torch.export.Dim("batch", min=1)
-    text = torch.export.Dim("text", min=1, max=spec.segment_length) if spec.segment_length > 1 else None
+    batch = torch.export.Dim(BATCH_AXIS, min=1)
+    text = torch.export.Dim(TEXT_AXIS, min=1, max=spec.segment_length) if spec.segment_length > 1 else None
     shapes: tuple[Any, ...] = (*({0: batch} for _ in states), {0: batch, 1: text} if text else {0: batch})
     for number, parameter in enumerate(inspect.signature(step.forward).parameters.values()):
         if parameter.kind is parameter.VAR_POSITIONAL:  # torch.export counts what *inputs takes as one argument
@@ -180,7 +180,7 @@ def _check_graph(model: Any, spec: StepSpec) -> None:
         [*wanted, (LOGITS, (spec.num_logits,), "float32")], model.graph.outputs, strict=True
     ):
         lead = free if name == LOGITS else 1
-        axes = ["batch", "text"][:lead] + [str(size) for size in shape]
+        axes = [BATCH_AXIS, TEXT_AXIS][:lead] + [str(size) for size in shape]
         given = tuple(value.shape)
         frozen = [axis for axis in given[: min(lead, 1 if spec.segment_length == 1 else 2)] if isinstance(axis, int)]
         if given[lead:] != shape or frozen or value.dtype.name != _ONNX_TYPES[dtype]:

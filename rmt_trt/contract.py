@@ -27,6 +27,7 @@ from rmt_trt.errors import ContractError
 SPEC_VERSION = 1
 SEGMENT = "segment"
 LOGITS = "logits"
+BATCH_AXIS, TEXT_AXIS = "batch", "text"  # of a graph's inputs, where it leaves their sizes open
 PAD = -1
 
 Alignment = Literal["left", "right", "center"]

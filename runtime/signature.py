@@ -15,25 +15,26 @@ FREE = None  # an axis whose size is known when the graph is run
 Shape = tuple[str, tuple[tuple[int | None, ...], ...]]  # ONNX Runtime's name of the type, and what each axis may be
 
 
-def check_signature(session: Any, spec: StepSpec, path: Path, head: Head = "all") -> None:
+def check_signature(session: Any, spec: StepSpec, path: Path, head: Head = "all", batch: int | None = FREE) -> None:
     """Compares a graph's inputs and outputs, those of its head too, and the spec that it carries, with the spec.
 
-    Engines allocate what a graph says that it gives, so no size in it is believed: the batch is free, a text has any
-    length or S, and everything else is what the spec says.
+    Engines allocate what a graph says that it gives, so no size in it is believed: the batch is free, or what the session
+    was told, a text has any length or S, and everything else is what the spec says.
     Errors: FormatError, naming what differs.
     """
     types = {"float32": "tensor(float)", "float16": "tensor(float16)"}
     text = (FREE, spec.segment_length)
-    inputs: dict[str, Shape] = {SEGMENT: ("tensor(int64)", ((FREE,), text))}
+    rows = (FREE,) if batch is FREE else (FREE, batch)
+    inputs: dict[str, Shape] = {SEGMENT: ("tensor(int64)", (rows, text))}
     outputs: dict[str, Shape] = {}
     for state in spec.states:
-        of_state = (types[state.dtype], ((FREE,), *((FREE, size) for size in state.shape)))
+        of_state = (types[state.dtype], (rows, *((FREE, size) for size in state.shape)))
         inputs[state.input] = outputs[state.output] = of_state
     if head != "none":
-        rows = (text,) if spec.logits == "lm" and head == "all" else ()
-        outputs[LOGITS] = ("tensor(float)", ((FREE,), *rows, (spec.num_logits,)))
+        places = (text,) if spec.logits == "lm" and head == "all" else ()
+        outputs[LOGITS] = ("tensor(float)", (rows, *places, (spec.num_logits,)))
     if head == "loglik":
-        outputs[LOGLIK] = ("tensor(float)", ((FREE,), (spec.segment_length,)))
+        outputs[LOGLIK] = ("tensor(float)", (rows, (spec.segment_length,)))
     for kind, values, wanted in (("input", session.get_inputs(), inputs), ("output", session.get_outputs(), outputs)):
         if sorted(value.name for value in values) != sorted(wanted):
             raise FormatError(

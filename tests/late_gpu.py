@@ -169,7 +169,7 @@ class LateSession(Session):
     """A graph whose runs are work on the GPU's stream."""
 
     def __init__(self, path: Path, stream: LateStream) -> None:
-        super().__init__(path)
+        super().__init__(path, False, {})
         self._stream = stream
 
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
@@ -183,7 +183,7 @@ def late_gpu(seed: int, staged: int = 2) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "Gpu", lambda index: LateGpu(index, seed))
         patch.setattr(cuda, "refusal", lambda index: None)
-        patch.setattr(engine, "open_session", lambda path, gpu, ours: LateSession(path, gpu.stream))
+        patch.setattr(engine, "open_session", lambda path, gpu, ours, sizes: LateSession(path, gpu.stream))
         patch.setattr(buckets, "STAGED", staged)
         patch.setattr(onnxruntime, "get_available_providers", lambda: [engine.PROVIDER])
         yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,12 @@ class Session:
     threads  that have run it: a real one keeps its captured graphs for each
     """
 
-    def __init__(self, path: Path, ours: bool = False) -> None:
+    def __init__(self, path: Path, ours: bool, sizes: Mapping[str, int]) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
+        for axis, size in sizes.items():
+            options.add_free_dimension_override_by_name(axis, size)
         if ours:
             native.register(options)
         self._inner = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -177,6 +179,6 @@ def host_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "Gpu", HostGpu)
         patch.setattr(cuda, "refusal", lambda index: None)
-        patch.setattr(engine, "open_session", lambda path, gpu, ours: Session(path, ours))
+        patch.setattr(engine, "open_session", lambda path, gpu, ours, sizes: Session(path, ours, sizes))
         patch.setattr(onnxruntime, "get_available_providers", lambda: [engine.PROVIDER])
         yield

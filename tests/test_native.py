@@ -290,7 +290,7 @@ def opened(runtime: RMTRuntime) -> list[str]:
     """Files of the graphs that sessions were made of."""
     engine = runtime._engine
     assert isinstance(engine, CudaEngine)
-    return sorted(Path(engine._graphs[key].file).name for key in engine._sessions)
+    return sorted(Path(engine._graphs[key].file).name for key, _ in engine._sessions)
 
 
 def test_the_engine_takes_native_products_where_they_are(

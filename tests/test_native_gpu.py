@@ -41,7 +41,7 @@ def opened(dtype: str, own: bool = True, name: str = "bert") -> Iterator[RMTRunt
         runtime = open_cuda(wide_bundle(name, dtype), dtype)
     with runtime:
         engine = engine_of(runtime)
-        files = [Path(engine._graphs[key].file).name for key in engine._sessions]
+        files = [Path(engine._graphs[key].file).name for key, _ in engine._sessions]
         assert files
         assert all(("-native-" in file) is own for file in files)
         yield runtime

@@ -5,6 +5,9 @@ Where rmt-trt's own operators are installed (`rmt_trt.runtime.native`), graphs t
 A graph of the bundle is a session; on each bucket (`rmt_trt.runtime.buckets`) a session has two bindings, from memory A
 to B and from B to A, captured once each. So a segment costs one small copy of tokens and one replay, and the host
 waits only where logits or states are asked for.
+
+Plain graphs, which are step.onnx in another dtype, compute the sizes of their tensors as they run, which ONNX Runtime does
+on the CPU and cannot capture. They get a session for each bucket, which is told all sizes beforehand.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from rmt_trt.bundle import Bundle, GraphEntry
-from rmt_trt.contract import QUANTIZED, SEGMENT, Answer, Head
+from rmt_trt.contract import BATCH_AXIS, QUANTIZED, SEGMENT, TEXT_AXIS, Answer, Head
 from rmt_trt.errors import EngineError, require
 from rmt_trt.runtime import cuda, device_rows, machine, native
 from rmt_trt.runtime.buckets import Bucket, Replay, States, new_bucket
@@ -147,7 +150,8 @@ class CudaEngine:
         # For one use a graph with operators of our own comes last, and stays.
         self._graphs = {(g.role, cast(Head, g.head), g.min_batch): g for g in graphs}
         log.info("engine 'cuda': %s", self.products)
-        self._sessions: dict[Key, Any] = {}
+        self._plain = not any(graph.role == "full" for graph in graphs)
+        self._sessions: dict[tuple[Key, int], Any] = {}  # by graph, and of plain ones by the size of their bucket
         self._buckets: dict[int, Bucket] = {}
         self._captures = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rmt-trt-cuda")
@@ -264,7 +268,7 @@ class CudaEngine:
         if key in bucket.replays:
             return bucket.replays[key]
         with cuda.CAPTURING:
-            session = self._session(key)
+            session = self._session(key, bucket.size if self._plain else 0)
             outputs = {}
             for value in session.get_outputs():
                 if value.name not in {state.output for state in self._spec.states}:
@@ -312,17 +316,20 @@ class CudaEngine:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
 
-    def _session(self, key: Key) -> Any:
-        if key not in self._sessions:
+    def _session(self, key: Key, batch: int) -> Any:
+        if (key, batch) not in self._sessions:
             graph = self._graphs[key]
             path = self._bundle.graph_path(graph)
-            self._sessions[key] = open_session(path, self._gpu, native.NEED in graph.needs)
-            check_signature(self._sessions[key], self._spec, path, key[1])
-        return self._sessions[key]
+            sizes = {BATCH_AXIS: batch, TEXT_AXIS: self._spec.segment_length} if batch else {}
+            session = open_session(path, self._gpu, native.NEED in graph.needs, sizes)
+            check_signature(session, self._spec, path, key[1], batch or None)
+            self._sessions[key, batch] = session
+        return self._sessions[key, batch]
 
 
-def open_session(path: Path, gpu: cuda.Gpu, ours: bool = False) -> Any:
-    """A session whose nodes all run on the GPU, on our stream, captured as CUDA graphs. ours: some are rmt-trt's own.
+def open_session(path: Path, gpu: cuda.Gpu, ours: bool, sizes: Mapping[str, int]) -> Any:
+    """A session whose nodes all run on the GPU, on our stream, captured as CUDA graphs. ours: some are rmt-trt's own. sizes:
+    of axes that the graph leaves open, by name.
 
     Errors: EngineError, with ONNX Runtime's own words.
     """
@@ -338,6 +345,8 @@ def open_session(path: Path, gpu: cuda.Gpu, ours: bool = False) -> Any:
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Without a limit: what a graph says of weights alone is done now, and not in every step.
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "0")
+    for axis, size in sizes.items():
+        options.add_free_dimension_override_by_name(axis, size)
     if ours:
         native.register(options)
     provider = {
