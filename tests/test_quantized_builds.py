@@ -196,7 +196,7 @@ def test_a_graph_that_the_gpu_refuses_leaves_the_bundle_as_it_was(
     path = copy_of(made("bert").bundle, tmp_path)
     before = contents(path)
 
-    def refused(graph: Path, gpu: object, ours: bool) -> None:
+    def refused(graph: Path, gpu: object, ours: bool, sizes: object) -> None:
         raise EngineError(f"ONNX Runtime cannot run {graph.name}: nodes are assigned to the default CPU EP")
 
     def add() -> None:
