@@ -54,7 +54,7 @@ def mapped(bundle: Bundle, ranges: Ranges, backbone: Backbone, keep: Collection[
     by_name: dict[str, list[Any]] = {}
     for place, (name, weight) in enumerate(_expected(backbone, weights[found[0].weight].shape)):
         product = found[place] if place < len(found) else None
-        if product is None or not _equal(weights[product.weight], weight):
+        if product is None or not _fits(weights[product.weight], weight, backbone.heads):
             what = "no product is left" if product is None else f"node {product.node!r:.80} has other weights"
             raise FormatError(
                 f"the products of {bundle.path}'s step are not those of its model's layers in their order: {what} where "
@@ -136,6 +136,16 @@ def _for_cpu(entries: tuple[GraphEntry, ...]) -> Iterator[GraphEntry]:
     for entry in entries:
         if (entry.role, entry.head) == ("step", "all"):
             yield replace(entry, dtype=DTYPE)
+
+
+def _fits(weight: np.ndarray, wanted: np.ndarray, heads: int) -> bool:
+    """Whether a step's matrix is that of a layer: of query, key and value at once also head by head, as GPT-NeoX has them."""
+    if _equal(weight, wanted):
+        return True
+    rows, columns = wanted.shape
+    return columns % (3 * heads) == 0 and _equal(
+        weight, wanted.reshape(rows, 3, heads, -1).transpose(0, 2, 1, 3).reshape(rows, columns)
+    )
 
 
 def _expected(backbone: Backbone, first: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rmt_trt.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, add_files
+from rmt_trt.bundle import GRAPHS, MANIFEST, Bundle, FileEntry, GraphEntry, add_files
 from rmt_trt.errors import ContractError, EngineError, FormatError
 from rmt_trt.export.added import EngineGraphs, NativeGraphs, recorded
 from rmt_trt.export.fused import CannotFuse, fused_graphs
@@ -42,7 +42,6 @@ __all__ = ["EngineGraphs", "EngineOptions", "add_engine_graphs", "add_written"]
 
 ENGINE = "cuda"
 DTYPES = ("fp32", "fp16", "bf16")
-GRAPHS = "graphs"
 Progress = Callable[[str, int, int], None]
 Write = Callable[[Path], "EngineGraphs"]
 

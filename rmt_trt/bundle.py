@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from rmt_trt.files import (
     atomic_file,
     atomic_folder,
     cannot_write,
+    check_folder,
     checked_path,
     read_bounded,
     read_json,
@@ -34,6 +36,7 @@ from rmt_trt.files import (
 from rmt_trt.manifest import (
     FILE_LIMIT,
     FORMAT,
+    GRAPHS,
     INITIAL,
     LOCK,
     MANIFEST,
@@ -51,12 +54,14 @@ from rmt_trt.manifest import (
 )
 
 __all__ = [
-    "FILE_LIMIT", "INITIAL", "LOCK", "MANIFEST", "REPORT", "ROLES", "STEP", "TOKENIZER",
-    "Bundle", "FileEntry", "GraphEntry", "Manifest", "add_file", "add_files", "made_by", "new_bundle", "write_manifest",
+    "FILE_LIMIT", "GRAPHS", "INITIAL", "LOCK", "MANIFEST", "REPORT", "ROLES", "STEP", "TOKENIZER",
+    "Bundle", "FileEntry", "GraphEntry", "Manifest", "add_file", "add_files", "check_writable", "made_by", "new_bundle",
+    "write_manifest",
 ]  # fmt: skip
 
 TOKENIZER_LIMIT = 256 << 20
 LOCK_SECONDS = 60
+TEMPORARY = re.compile(r"\..+\.(\d{1,10})\.\d+\.\d+\.tmp")  # of `files.atomic_file`, with its process
 
 
 class Bundle:
@@ -221,6 +226,7 @@ def add_files(
                     f"{path} was replaced by another model's bundle meanwhile; nothing was added. Do it again"
                 )
             kept = _without(old, files, drop, path)
+            _clear(path)
             # Each file is renamed to its place when the stack is left, the one that was entered first comes last.
             with contextlib.ExitStack() as places:
                 last = places.enter_context(atomic_file(path / MANIFEST))
@@ -242,6 +248,34 @@ def add_files(
         left = "It lacks what was to be replaced: do it again" if forgotten else "The bundle is what it was"
         raise FormatError(f"cannot add {what} to {path}: {getattr(err, 'strerror', None) or err}. {left}") from err
     return Bundle(path)
+
+
+def check_writable(path: Path) -> None:
+    """Says before the work that nothing can be added to a bundle. Errors: FormatError."""
+    for folder in (path, path / GRAPHS):
+        if folder.exists():
+            check_folder(folder, "the graph would be added")
+    check_folder(path.resolve().parent, "the graph is kept beside the bundle until it is verified")
+
+
+def _clear(path: Path) -> None:
+    """Removes the files beside their places that writers which were killed left there, while the lock is held."""
+    for folder in (path, path / GRAPHS):
+        for name in os.listdir(folder) if folder.is_dir() and not folder.is_symlink() else ():
+            left = TEMPORARY.fullmatch(name)
+            if left and not _alive(int(left[1])):
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from rmt_trt.errors import ContractError, FormatError
 FORMAT = "rmt-trt-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+GRAPHS = "graphs"  # the folder of graphs for an engine
 LOCK = ".lock"
 STEP = "step.onnx"
 INITIAL = "initial_state.safetensors"

@@ -8,6 +8,7 @@ kernel alone, so a folder bears the kernel's name: what another machine works at
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 SUFFIX = ".tmp"
+LONGEST = 255  # bytes of a name that every file system takes
 
 log = logging.getLogger("rmt_trt")
 
@@ -45,7 +47,13 @@ def _mark(path: Path) -> str | None:
         boot = BOOT.read_text().strip()
     except OSError:
         return None
-    return f".{path.name}.{boot[:13]}." if re.fullmatch("[0-9a-f-]{36}", boot) else None
+    return f".{_short(path.name)}.{boot[:13]}." if re.fullmatch("[0-9a-f-]{36}", boot) else None
+
+
+def _short(name: str) -> str:
+    """The name, or a hash of it where a longer one would not fit."""
+    room = LONGEST - len(f"..{'b' * 13}.{'x' * 8}{SUFFIX}")
+    return name if len(os.fsencode(name)) <= room else hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
 
 
 def _made(path: Path, mark: str | None) -> tuple[Path, int | None]:
@@ -57,7 +65,7 @@ def _made(path: Path, mark: str | None) -> tuple[Path, int | None]:
             return folder, lock
         with contextlib.suppress(OSError):  # it may be gone: another process took it for one left behind
             folder.rmdir()
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)), None
+    return Path(tempfile.mkdtemp(prefix=f".{_short(path.name)}.", suffix=SUFFIX, dir=path.parent)), None
 
 
 def _locked(folder: Path) -> int | None:
@@ -91,8 +99,11 @@ def _clear(parent: Path, mark: str) -> None:
         if lock is None:
             continue
         # The lock is held until nothing is left: whoever has just made the folder sees that it is taken.
-        if os.fstat(lock).st_uid == os.geteuid():
-            shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
-                log.warning("removed %s, which a run that was ended had left behind", folder)
-        os.close(lock)
+        try:
+            if os.fstat(lock).st_uid == os.geteuid():
+                with contextlib.suppress(RecursionError):  # of folders in folders that no run of ours makes
+                    shutil.rmtree(folder, ignore_errors=True)
+                if not folder.exists():
+                    log.warning("removed %r, which a run that was ended had left behind", str(folder))
+        finally:
+            os.close(lock)

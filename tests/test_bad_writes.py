@@ -314,7 +314,13 @@ def test_a_run_that_is_killed_before_the_manifest_leaves_a_readable_bundle(
     assert runs(small)
     with contextlib.suppress(OSError):
         (small / LOCK).unlink()
+    left = {path.name for path in small.rglob(".*.tmp")}
+    assert bool(left) is not replaced_once
+    mine = small / f".manifest.json.{os.getpid()}.1.2.tmp"  # of a process that is at work
+    mine.touch()
     add_file(small, name, small / STEP)  # and it can be written again
+    assert {path.name for path in small.rglob(".*.tmp")} == {mine.name}
+    mine.unlink()
     assert runs(small)
 
 

@@ -14,7 +14,9 @@ from models import example_bundle
 
 import rmt_trt.calibration
 from rmt_trt.bundle import Bundle
+from rmt_trt.calibration.add import STATIC
 from rmt_trt.calibration.mix import Mix
+from rmt_trt.calibration.search import keepable
 from rmt_trt.commands import calibrate as command
 from rmt_trt.commands.calibrate_mix import fitted, wanted
 from rmt_trt.errors import ContractError
@@ -35,6 +37,7 @@ REFUSED = {
     "method": ([*TASK, "--method", "most"], "method is 'most'; expected one of minmax, entropy, percentile"),
     "another model's mix": ([*TASK, "--mix", "other.json"], "is a mix of a model with fingerprint 'ffffffffffff'"),
     "another dtype's mix": ([*TASK, "--mix", "fp8.json"], "fp8.json is a mix found for 'fp8'"),
+    "a mix of nothing": ([*TASK, "--mix", "all.json"], "all.json keeps all 2"),
     "another alpha": ([*TASK, "--mix", "mix.json", "--smooth", "0.25"], "--smooth is 0.25, and mix.json was found with 0.5"),
 }  # fmt: skip
 
@@ -53,6 +56,8 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     mix.save(Path("mix.json"))
     replace(mix, dtype="fp8").save(Path("fp8.json"))
     replace(mix, fingerprint="f" * 64).save(Path("other.json"))
+    everything = keepable(Bundle(path), STATIC["cpu", "int8"])
+    replace(mix, products=tuple(sorted(everything))).save(Path("all.json"))
     return path
 
 
@@ -74,11 +79,14 @@ def test_an_option_that_cannot_be_is_refused_before_documents_are_stepped_throug
     assert not Path("calibration").exists()
 
 
-@pytest.mark.parametrize("place", ["memorize.rmt", ""], ids=["the bundle", "its folder"])
+@pytest.mark.parametrize(
+    "place", ["memorize.rmt", "memorize.rmt/graphs", ""], ids=["the bundle", "its graphs", "its folder"]
+)
 def test_a_bundle_that_cannot_be_added_to_is_said_before_documents_are_stepped_through(
     place: str, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     access, closed = os.access, bundle.parent / place
+    (bundle / "graphs").mkdir(exist_ok=True)
     monkeypatch.setattr(
         os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == closed) and access(path, mode)
     )

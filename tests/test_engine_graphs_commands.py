@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -55,6 +56,23 @@ def test_the_commands_from_a_checkpoint_to_its_graphs(
     assert "cuda fp32: fused: 2 attention" in shown
     assert run(verify.main, monkeypatch, bundle, "--engine", "cpu", *few) == 0
     assert "against the PyTorch recurrence" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", ["work", "work/model.rmt", "new"])
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(
+    closed: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new").mkdir()
+    access, place = os.access, tmp_path / closed
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == place) and access(path, mode)
+    )
+    source = made("gpt2").checkpoint if closed == "new" else bundle
+    target = ("-o", tmp_path / "new" / "model.rmt") if closed == "new" else ()
+    assert run(export.main, monkeypatch, source, *target, "--engine", "cuda", "--dtype", "fp16") == 1
+    said = capsys.readouterr().err
+    assert f"{place} cannot be written, where the" in said
+    assert said.count("\n") == 1  # no graph was written yet
 
 
 def test_a_bundle_that_does_not_give_its_model_takes_the_checkpoint(

@@ -26,9 +26,10 @@ from rmt_trt.calibration import CollectOptions, Source, add_static, collect
 from rmt_trt.calibration.native import Mapped, mapped
 from rmt_trt.calibration.step_graph import read_step
 from rmt_trt.errors import ContractError, FormatError
-from rmt_trt.export import EngineOptions, fused
+from rmt_trt.export import EngineOptions, ExportOptions, export_model, fused
 from rmt_trt.export.fused.layers import Backbone, backbone_of
 from rmt_trt.export.verify import random_document, relative_error
+from rmt_trt.model.checkpoint import LoadedModel
 from rmt_trt.model.step import model_spec
 from rmt_trt.runtime import machine, native
 from rmt_trt.runtime.products import products_refusal
@@ -324,6 +325,19 @@ def test_decoders_multiply_in_fp8_too(name: str, products: int, tmp_path: Path) 
     worst = made_of.report.to_json()["worst"]
     assert 1e-3 < worst < 0.4
     assert {graph.head for graph in made_of.entries} == {"none", "last", "all", "loglik"}
+
+
+def test_query_key_and_value_packed_head_by_head_are_recognised(tmp_path: Path) -> None:
+    """As a GPT-NeoX has them, here of layers that follow one another."""
+    model = make_model("gpt_neox", backbone={"use_parallel_residual": False})
+    path = tmp_path / "m.rmt"
+    export_model(LoadedModel(model, model_spec(model), None), path, ExportOptions(segments=3))
+    document = random_document(model_spec(model), 3 * S, 0)
+    ranges = collect(path, [Source("one", lambda: document)], CollectOptions(draws=1, threads=1))
+    made_of = add_static(path, ranges, "cuda", "fp8", options=replace(CHECK, segments=3))
+    assert (made_of.plain, made_of.fused["FP8 product"]) == (None, 8)
+    assert made_of.report is not None
+    assert made_of.report.to_json()["worst"] < 0.4
 
 
 def test_a_gate_of_another_activation_is_multiplied_in_fp8_apart(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_what_a_killed_run_left_is_removed_and_what_a_running_one_has_is_not(
         with caplog.at_level(logging.WARNING, "rmt_trt"), stage_folder(path) as mine:
             assert names(tmp_path) == {mine.name, alive.name, another.name}
             assert (alive / "graphs" / "half.onnx").read_text() == "half"
-        assert caplog.messages == [f"removed {dead}, which a run that was ended had left behind"]
+        assert caplog.messages == [f"removed {str(dead)!r}, which a run that was ended had left behind"]
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait() == 0
@@ -244,3 +244,40 @@ def test_where_locks_tell_nothing_a_run_goes_on_and_removes_nothing(
         assert names(tmp_path) == {dead.name, folder.name}
         assert KERNEL[:13] not in folder.name
     assert names(tmp_path) == {dead.name}
+
+
+@pytest.mark.parametrize("length", [227, 228, 255])
+def test_a_name_of_any_length_has_room_for_the_folder_beside_it(
+    length: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / ("\u00e4" * 10 + "x" * (length - 20))
+    path.touch()
+    with stage_folder(path) as folder:
+        left = folder.with_name(folder.name.replace(folder.name[-12:-4], "00000000"))
+        left.mkdir()
+    with stage_folder(path):
+        assert not left.exists()
+    assert len(caplog.messages) == 1
+
+
+def test_folders_in_folders_without_end_stop_nobody(tmp_path: Path) -> None:
+    dead = left_behind(tmp_path / "model.rmt")
+    here = os.open(dead, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=here)
+        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    with stage_folder(tmp_path / "model.rmt"):
+        pass
+    subprocess.run(["rm", "-rf", str(dead)], check=True)  # pytest's own clean-up fails on it too
+
+
+def test_the_log_shows_an_odd_name_as_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    left_behind(tmp_path / "e\x1b[31m\nx.rmt")
+    with stage_folder(tmp_path / "e\x1b[31m\nx.rmt"):
+        pass
+    (line,) = caplog.messages
+    assert "e\\x1b[31m\\nx.rmt" in line
+    assert line.isprintable()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from rmt_trt.bundle import Bundle
+from rmt_trt.bundle import Bundle, check_writable
 from rmt_trt.commands import calibrate_mix as mixing
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
 from rmt_trt.commands.eval import parse_part
@@ -118,8 +118,7 @@ def calibrate(
     _check_verified(check)
     verification = EngineOptions(segments=check, tolerance=tolerance, accept_drift=accept_drift)
     opened, screen = Bundle(bundle), console()
-    check_folder(opened.path, "the graph would be added")
-    check_folder(opened.path.resolve().parent, "the graph is kept beside the bundle until it is verified")
+    check_writable(opened.path)
     if not calibrated:
         return _add(bundle, engine, dtype, None, half, verification, screen)
     found = None if ranges is None else load_ranges(ranges)

@@ -146,7 +146,13 @@ def fitted(want: Wanted, bundle: Bundle, use: tuple[str, str], task: Task | None
 
     if want.mix is not None and want.file is not None:
         kind = STATIC[use]
-        want.mix.require(bundle.spec, kind.dtype, keepable(bundle, kind), want.file)
+        known = keepable(bundle, kind)
+        want.mix.require(bundle.spec, kind.dtype, known, want.file)
+        if known <= set(want.mix.products):
+            raise ContractError(
+                f"{want.file} keeps all {len(known)} products; there is nothing left to quantize. Find a mix with a larger "
+                f"--max-drift, or run the fp32 graph"
+            )
     if want.options.budget.min_recall is None or task is None:
         return want
     questions = Questions(task, want.segments, want.questions)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from rmt_trt.bundle import MANIFEST, Bundle
+from rmt_trt.bundle import MANIFEST, Bundle, check_writable
 from rmt_trt.commands import engine_options
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command
 from rmt_trt.commands.engine_options import (
@@ -33,7 +33,7 @@ from rmt_trt.commands.report import added_line, drift_table, record_lines
 from rmt_trt.commands.stages import shown_stages
 from rmt_trt.contract import ALIGNMENTS, DTYPES, Alignment
 from rmt_trt.errors import ContractError, FormatError, require
-from rmt_trt.files import check_target
+from rmt_trt.files import check_folder, check_target
 
 if TYPE_CHECKING:
     from rmt_trt.export import EngineOptions, ExportOptions
@@ -143,6 +143,7 @@ def export(
             },
             dtypes,
         )  # fmt: skip
+        check_writable(model)
     else:
         _check_new(model, target, overwrite, save_model, alignment, checkpoint)
     for module in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
@@ -230,6 +231,8 @@ def _check_new(
         raise ContractError(f"--model goes with a bundle that exists; here {model} is the checkpoint. Leave it out")
     if target.exists() and not overwrite:
         raise FormatError(f"{target} exists already. Choose another name (-o), or replace it with --overwrite")
+    if target.resolve().parent.is_dir():
+        check_folder(target.resolve().parent, "the bundle goes")
     if save_model is not None:
         check_target(save_model)
     if alignment is not None and alignment not in ALIGNMENTS:
