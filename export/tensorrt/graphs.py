@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rmt_trt.bundle import Bundle, GraphEntry
+from rmt_trt.bundle import GRAPHS, Bundle, GraphEntry
 from rmt_trt.contract import Head
 from rmt_trt.errors import FormatError
-from rmt_trt.export.engine_graphs import GRAPHS
 from rmt_trt.export.external_data import check_external_data
 from rmt_trt.export.graph_check import GraphCheck, check_graphs
 from rmt_trt.export.plain import HALVES, plain_graph
