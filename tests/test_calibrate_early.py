@@ -37,6 +37,7 @@ REFUSED = {
     "method": ([*TASK, "--method", "most"], "method is 'most'; expected one of minmax, entropy, percentile"),
     "another model's mix": ([*TASK, "--mix", "other.json"], "is a mix of a model with fingerprint 'ffffffffffff'"),
     "another dtype's mix": ([*TASK, "--mix", "fp8.json"], "fp8.json is a mix found for 'fp8'"),
+    "the bundle as its folder": ([*TASK, "-o", "memorize.rmt"], "memorize.rmt is a bundle, in which nothing but its own"),
     "a mix of nothing": ([*TASK, "--mix", "all.json"], "all.json keeps all 2"),
     "another alpha": ([*TASK, "--mix", "mix.json", "--smooth", "0.25"], "--smooth is 0.25, and mix.json was found with 0.5"),
 }  # fmt: skip

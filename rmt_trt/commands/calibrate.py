@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from rmt_trt.bundle import Bundle, check_writable
+from rmt_trt.bundle import MANIFEST, Bundle, check_writable
 from rmt_trt.commands import calibrate_mix as mixing
 from rmt_trt.commands.app import Debug, Version, console, new_app, run_command, stage_progress
 from rmt_trt.commands.eval import parse_part
 from rmt_trt.commands.inputs import read_input
 from rmt_trt.commands.report import added_line, drift_table, record_lines
 from rmt_trt.commands.stages import shown_stages
-from rmt_trt.errors import ContractError, EngineError, require
+from rmt_trt.errors import ContractError, EngineError, FormatError, require
 from rmt_trt.files import cannot_write, check_folder, check_target, sole_user
 
 if TYPE_CHECKING:
@@ -201,6 +201,10 @@ def _check_verified(check: int) -> None:
 
 
 def _make_folder(path: Path) -> None:
+    if (path / MANIFEST).exists():
+        raise FormatError(
+            f"{path} is a bundle, in which nothing but its own files belongs. Choose another folder with -o"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as err:
