@@ -12,8 +12,8 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,13 +32,8 @@ def stage_folder(path: Path) -> Iterator[Path]:
     mark = _mark(path)
     if mark is not None:
         _clear(path.parent, mark)
-    folder, lock = _made(path, mark)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+    with contextlib.ExitStack() as stack:
+        yield _made(path, mark, stack)
 
 
 def _mark(path: Path) -> str | None:
@@ -56,16 +51,30 @@ def _short(name: str) -> str:
     return name if len(os.fsencode(name)) <= room else hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
 
 
-def _made(path: Path, mark: str | None) -> tuple[Path, int | None]:
-    """A new folder and the descriptor that holds its lock. One without a lock is without the mark too: nobody removes it."""
+def _made(path: Path, mark: str | None, stack: contextlib.ExitStack) -> Path:
+    """A new folder, whose lock is held until it is gone. One without a lock is without the mark too: nobody removes it."""
     if mark is not None:
-        folder = Path(tempfile.mkdtemp(prefix=mark, suffix=SUFFIX, dir=path.parent))
-        lock = _locked(folder)
-        if lock is not None:
-            return folder, lock
+        locks: list[int] = []
+        stack.callback(lambda: [os.close(lock) for lock in locks])
+        folder = _new(path.parent, mark, stack)
+        if (lock := _locked(folder)) is not None:
+            locks.append(lock)
+            return folder
         with contextlib.suppress(OSError):  # it may be gone: another process took it for one left behind
             folder.rmdir()
-    return Path(tempfile.mkdtemp(prefix=f".{_short(path.name)}.", suffix=SUFFIX, dir=path.parent)), None
+    return _new(path.parent, f".{_short(path.name)}.", stack)
+
+
+def _new(parent: Path, start: str, stack: contextlib.ExitStack) -> Path:
+    """A new folder that goes with the stack: from before it is made, since Ctrl-C may come at any moment."""
+    folder = parent / f"{start}{secrets.token_hex(4)}{SUFFIX}"
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        folder.mkdir(0o700)
+    except FileExistsError:
+        stack.pop_all()  # somebody else's
+        raise
+    return folder
 
 
 def _locked(folder: Path) -> int | None:

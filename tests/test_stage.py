@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,18 +169,17 @@ def test_a_new_folder_that_another_process_is_about_to_remove_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: bool
 ) -> None:
     """Between making the folder and locking it, the other process found it without a lock."""
-    make, held = tempfile.mkdtemp, []
+    make, held = Path.mkdir, []
 
-    def seen(**options: Any) -> str:
-        name = make(**options)
+    def seen(path: Path, mode: int = 0o777) -> None:
+        make(path, mode)
         if not held:
-            held.append(os.open(name, os.O_RDONLY))
+            held.append(os.open(path, os.O_RDONLY))
             fcntl.flock(held[0], fcntl.LOCK_EX)
             if removed:
-                os.rmdir(name)
-        return name
+                path.rmdir()
 
-    monkeypatch.setattr(tempfile, "mkdtemp", seen)
+    monkeypatch.setattr(Path, "mkdir", seen)
     with stage_folder(tmp_path / "model.rmt") as folder:
         assert KERNEL[:13] not in folder.name
         with stage_folder(tmp_path / "model.rmt"):
@@ -281,3 +279,20 @@ def test_the_log_shows_an_odd_name_as_text(tmp_path: Path, caplog: pytest.LogCap
     (line,) = caplog.messages
     assert "e\\x1b[31m\\nx.rmt" in line
     assert line.isprintable()
+
+
+@pytest.mark.parametrize("where", ["mkdir", "flock"])
+def test_an_interrupt_while_the_folder_is_made_leaves_none(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner: Any = {"mkdir": Path, "flock": fcntl}[where]
+    plain = getattr(owner, where)
+
+    def interrupted(*arguments: Any) -> None:
+        plain(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, where, interrupted)
+    with pytest.raises(KeyboardInterrupt), stage_folder(tmp_path / "model.rmt"):
+        pass
+    assert names(tmp_path) == set()
