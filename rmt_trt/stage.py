@@ -55,7 +55,7 @@ def _made(path: Path, mark: str | None, stack: contextlib.ExitStack) -> Path:
     """A new folder, whose lock is held until it is gone. One without a lock is without the mark too: nobody removes it."""
     if mark is not None:
         locks: list[int] = []
-        stack.callback(lambda: [os.close(lock) for lock in locks])
+        stack.callback(_close, locks)
         folder = _new(path.parent, mark, stack)
         if (lock := _locked(folder)) is not None:
             locks.append(lock)
@@ -63,6 +63,11 @@ def _made(path: Path, mark: str | None, stack: contextlib.ExitStack) -> Path:
         with contextlib.suppress(OSError):  # it may be gone: another process took it for one left behind
             folder.rmdir()
     return _new(path.parent, f".{_short(path.name)}.", stack)
+
+
+def _close(locks: list[int]) -> None:
+    for lock in locks:
+        os.close(lock)
 
 
 def _new(parent: Path, start: str, stack: contextlib.ExitStack) -> Path:
