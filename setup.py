@@ -65,19 +65,22 @@ EXTRAS["dev"] = [
 ]
 
 
+KERNELS = ["kernels", "hopper"]  # of native/, in CUDA C++
+
+
 class BuildNative(build_ext):
-    """Puts the source of the GPU kernels into a C string first: NVRTC compiles it where it is used.
+    """Puts the sources of the GPU kernels into C strings first: NVRTC compiles them where they are used.
 
     Where nothing can be compiled, that is said in a line, and the package is whole without the library."""
 
     def build_extension(self, ext: Extension) -> None:
-        lines = (HERE / "native/kernels.cu").read_text(encoding="ascii").splitlines()
-        quoted = ['"' + line.replace("\\", "\\\\").replace('"', '\\"') + '\\n"' for line in lines]
         made = Path(self.build_temp)
         made.mkdir(parents=True, exist_ok=True)
-        (made / "kernels.h").write_text(
-            "\n".join(["static const char KERNELS[] =", *quoted, ";", ""]), encoding="ascii"
-        )
+        for name in KERNELS:
+            lines = (HERE / f"native/{name}.cu").read_text(encoding="ascii").splitlines()
+            quoted = ['"' + line.replace("\\", "\\\\").replace('"', '\\"') + '\\n"' for line in lines]
+            declared = f"static const char {name.upper()}[] ="
+            (made / f"{name}.h").write_text("\n".join([declared, *quoted, ";", ""]), encoding="ascii")
         ext.include_dirs = [*ext.include_dirs, str(made)]
         try:
             super().build_extension(ext)
@@ -88,8 +91,8 @@ class BuildNative(build_ext):
 # A plain shared library that ONNX Runtime loads, and no module of Python's. Without a C compiler all else works.
 NATIVE = Extension(
     "rmt_trt.runtime._native",
-    sources=[f"native/{name}.c" for name in ("ops", "gpu", "products", "libraries", "host")],
-    depends=[*(f"native/{name}.h" for name in ("cuda", "gpu", "host", "lane", "ort")), "native/kernels.cu"],
+    sources=[f"native/{name}.c" for name in ("ops", "gpu", "products", "hopper", "compile", "libraries", "host")],
+    depends=[*(f"native/{name}.h" for name in ("cuda", "gpu", "host", "lane", "ort")), *(f"native/{name}.cu" for name in KERNELS)],
     extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden"],
     libraries=["m", "dl", "pthread"],
     py_limited_api=True,  # it uses nothing of Python: one file for every version

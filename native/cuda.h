@@ -56,6 +56,27 @@ typedef struct {
 } CublasLt;
 
 typedef struct {
+    _Alignas(64) uint64_t opaque[16];
+} TensorMap; /* CUtensorMap */
+
+typedef struct {
+    int id, pad;
+    union {
+        char room[64];
+        int value;
+    };
+} LaunchAttribute; /* CUlaunchAttribute */
+
+enum { PROGRAMMATIC_STREAM_SERIALIZATION = 6 }; /* CUlaunchAttributeID */
+
+typedef struct {
+    unsigned grid[3], block[3], shared;
+    void *stream;
+    LaunchAttribute *attributes;
+    unsigned count;
+} Launch; /* CUlaunchConfig */
+
+typedef struct {
     int (*CtxGetCurrent)(void **);
     int (*CtxPushCurrent)(void *);
     int (*CtxPopCurrent)(void **);
@@ -76,10 +97,19 @@ typedef struct {
     int (*ModuleGetFunction)(void **, void *module, const char *);
     int (*LaunchKernel)(void *function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
                         void *stream, void **arguments, void **extra);
+    int (*LaunchKernelEx)(const Launch *, void *function, void **arguments, void **extra);
+    int (*FuncSetAttribute)(void *function, int attribute, int value);
+    int (*TensorMapEncodeTiled)(TensorMap *, int type, unsigned axes, const void *at, const uint64_t *sizes,
+                                const uint64_t *strides, const unsigned *box, const unsigned *steps, int interleave,
+                                int swizzle, int promotion, int fill);
 } Driver;
 
-enum { COMPUTE_CAPABILITY_MAJOR = 75, COMPUTE_CAPABILITY_MINOR = 76 }; /* CUdevice_attribute */
-enum { INVALID_VALUE = 1 };                                            /* CUresult */
+enum { MULTIPROCESSOR_COUNT = 16, COMPUTE_CAPABILITY_MAJOR = 75, COMPUTE_CAPABILITY_MINOR = 76 }; /* CUdevice_attribute */
+enum { MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };                                                       /* CUfunction_attribute */
+enum { MAP_FLOAT16 = 6, MAP_BFLOAT16 = 9 };                                                       /* CUtensorMapDataType */
+enum { SWIZZLE_64B = 2, SWIZZLE_128B = 3 };                                                       /* CUtensorMapSwizzle */
+enum { PROMOTION_L2_128B = 2 };                                                                   /* CUtensorMapL2promotion */
+enum { INVALID_VALUE = 1 };                                                                       /* CUresult */
 
 typedef struct {
     int (*CreateProgram)(void **, const char *source, const char *name, int, const char *const *, const char *const *);

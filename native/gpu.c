@@ -41,6 +41,12 @@ int entered(Lane **held, void *stream, char *why) {
             free(lane);
             return fail(why, "cuBLASLt or its working memory of 32 MiB could not be had", code);
         }
+        int device = 0, major = 0, minor = 0;
+        driver.CtxGetDevice(&device);
+        driver.DeviceGetAttribute(&major, COMPUTE_CAPABILITY_MAJOR, device);
+        driver.DeviceGetAttribute(&minor, COMPUTE_CAPABILITY_MINOR, device);
+        driver.DeviceGetAttribute(&lane->processors, MULTIPROCESSOR_COUNT, device);
+        lane->capability = 10 * major + minor;
         lane->next = lanes;
         lanes = lane;
     }
@@ -64,6 +70,7 @@ static void ended(Lane *lane) {
             free(scratch);
         }
         if (lane->module) driver.ModuleUnload(lane->module);
+        hopper_dropped(lane->hopper);
         void *popped;
         driver.CtxPopCurrent(&popped);
     }
@@ -100,40 +107,15 @@ static int loaded(Lane *lane) {
 int compiled(Lane *lane, char *why) {
     if (lane->module) return 0;
     if (capturing(lane->stream)) return fail(why, "the first run of a session is captured; run it once before", 0);
-    static const char *const names[] = {"libnvrtc.so.13", "libnvrtc.so.12", NULL};
-    Nvrtc rtc;
-    const Wanted wanted[] = {
-        {&rtc.CreateProgram, "nvrtcCreateProgram"},
-        {&rtc.CompileProgram, "nvrtcCompileProgram"},
-        {&rtc.GetCUBINSize, "nvrtcGetCUBINSize"},
-        {&rtc.GetCUBIN, "nvrtcGetCUBIN"},
-        {&rtc.DestroyProgram, "nvrtcDestroyProgram"},
-        {NULL, NULL},
-    };
-    if (found(opened(names), wanted, "NVRTC", why)) return -1;
-    int device = 0, major = 0, minor = 0;
-    driver.CtxGetDevice(&device);
-    driver.DeviceGetAttribute(&major, COMPUTE_CAPABILITY_MAJOR, device);
-    driver.DeviceGetAttribute(&minor, COMPUTE_CAPABILITY_MINOR, device);
-    lane->capability = 10 * major + minor;
     char architecture[64];
-    snprintf(architecture, sizeof architecture, "--gpu-architecture=sm_%d%d", major, minor);
-    const char *options[] = {architecture};
-    void *program = NULL;
-    char *binary = NULL;
-    size_t size = 0;
-    int code = rtc.CreateProgram(&program, KERNELS, "kernels.cu", 0, NULL, NULL);
-    if (!code) code = rtc.CompileProgram(program, 1, options);
-    if (!code) code = rtc.GetCUBINSize(program, &size);
-    if (!code) code = (binary = malloc(size)) ? rtc.GetCUBIN(program, binary) : -1;
-    if (!code) code = driver.ModuleLoadData(&lane->module, binary);
-    if (!code) code = loaded(lane);
-    if (program) rtc.DestroyProgram(&program);
-    free(binary);
+    snprintf(architecture, sizeof architecture, "--gpu-architecture=sm_%d", lane->capability);
+    const char *options[] = {architecture, NULL};
+    if (built(KERNELS, "kernels.cu", options, &lane->module, why)) return -1;
+    int code = loaded(lane);
     if (!code) return 0;
-    if (lane->module) driver.ModuleUnload(lane->module);
+    driver.ModuleUnload(lane->module);
     lane->module = NULL;
-    return fail(why, "NVRTC or the driver refuses the kernels", code);
+    return fail(why, "the driver refuses the kernels", code);
 }
 
 /* The kernels are there, and the GPU has FP8 where it is wanted. */
@@ -167,16 +149,23 @@ int gpu_quantize(Lane **held, void *stream, int type, const void *in, void *out,
     return code ? -1 : 0;
 }
 
-int gpu_skip_layer_norm(Lane **held, void *stream, int type, const void *const in[4], void *out, void *rounded,
+int gpu_skip_layer_norm(Lane **held, void *stream, int type, const void *const in[4], void *out, void *sums, void *rounded,
                         int64_t rows, int64_t width, float epsilon, float inverse, char *why) {
     if (width % 8 || width > 8192) {
         snprintf(why, WHY, "rows of %lld values; expected a multiple of 8, 8192 at most", (long long)width);
         return -1;
     }
     pthread_mutex_lock(&gpu_lock);
-    int code = prepared(held, stream, 1, why), columns = (int)width;
+    int code = entered(held, stream, why);
+    if (!code && !rounded && (*held)->capability == 90 && width <= 2048) {
+        code = hopper_norm(*held, type, in, out, sums, rows, width, epsilon, why);
+        pthread_mutex_unlock(&gpu_lock);
+        return code;
+    }
+    if (!code) code = prepared(held, stream, rounded != NULL, why);
+    int columns = (int)width;
     void *arguments[] = {(void *)&in[0], (void *)&in[1], (void *)&in[2], (void *)&in[3], &out,
-                         &rounded,       &columns,       &epsilon,       &inverse};
+                         &sums,          &rounded,       &columns,       &epsilon,       &inverse};
     unsigned threads = (unsigned)((width / 8 + 31) / 32 * 32);
     if (!code && rows && (code = launched(*held, SKIP_LAYER_NORM, type, rows, threads, arguments)))
         fail(why, "the driver did not start the kernel 'skip_layer_norm'", code);

@@ -27,8 +27,18 @@ typedef struct Lane Lane;
 
 int gpu_product(Lane **lane, void *stream, const Product *product, const Operands *at, char *why);
 int gpu_quantize(Lane **lane, void *stream, int type, const void *in, void *out, int64_t count, float inverse, char *why);
-int gpu_skip_layer_norm(Lane **lane, void *stream, int type, const void *const in[4], void *out, void *rounded,
+/* The norm of in[0] + in[1]. sums, the sum itself, and rounded, E4M3(out * inverse), may be NULL. */
+int gpu_skip_layer_norm(Lane **lane, void *stream, int type, const void *const in[4], void *out, void *sums, void *rounded,
                         int64_t rows, int64_t width, float epsilon, float inverse, char *why);
+/* Attention over rows of queries, keys and values, for `asked` queries of each document: its first ones, or where causal
+ * its last. lengths, on the device, or NULL. */
+typedef struct {
+    int64_t documents;
+    int length, asked, heads, size, causal;
+} Attention;
+
+int gpu_attention(Lane **lane, void *stream, int type, const void *rows, const int *lengths, void *out,
+                  const Attention *shape, char *why);
 /* Rows of `query` heads, `key` heads and as many of values, of `size` values each; `length` rows are a document. Each head
  * of keys and values is written `times` times. */
 typedef struct {

@@ -83,7 +83,7 @@ void host_quantize(const float *in, uint8_t *out, int64_t count, float inverse) 
     for (int64_t i = 0; i < count; i++) out[i] = to_e4m3(in[i] * inverse);
 }
 
-void host_skip_layer_norm(const float *const in[4], float *out, uint8_t *rounded, int64_t rows, int64_t width,
+void host_skip_layer_norm(const float *const in[4], float *out, float *sums, uint8_t *rounded, int64_t rows, int64_t width,
                           float epsilon, float inverse) {
     for (int64_t row = 0; row < rows; row++) {
         const float *x = in[0] + row * width, *skip = in[1] + row * width;
@@ -91,13 +91,42 @@ void host_skip_layer_norm(const float *const in[4], float *out, uint8_t *rounded
         double mean = 0.0, spread = 0.0;
         for (int64_t i = 0; i < width; i++) mean += made[i] = x[i] + skip[i];
         mean /= (double)width;
+        if (sums) memcpy(sums + row * width, made, sizeof *made * (size_t)width);
         for (int64_t i = 0; i < width; i++) spread += (made[i] - mean) * (made[i] - mean);
         double scale = 1.0 / sqrt(spread / (double)width + epsilon);
         for (int64_t i = 0; i < width; i++) {
             made[i] = (float)((made[i] - mean) * scale) * in[2][i] + in[3][i];
-            rounded[row * width + i] = to_e4m3(made[i] * inverse);
+            if (rounded) rounded[row * width + i] = to_e4m3(made[i] * inverse);
         }
     }
+}
+
+int host_attention(const float *rows, const int *lengths, float *out, int64_t documents, int length, int asked, int heads,
+                   int size, int causal) {
+    float *weights = malloc(sizeof *weights * (size_t)length), scale = 1.0f / sqrtf((float)size);
+    int64_t width = 3 * (int64_t)heads * size;
+    if (!weights) return -1;
+    for (int64_t place = 0; place < documents * asked * heads; place++) {
+        int head = (int)(place % heads), query = (int)(place / heads % asked);
+        int64_t document = place / heads / asked;
+        int row = causal ? length - asked + query : query, valid = length;
+        if (lengths && lengths[document] < valid) valid = lengths[document];
+        if (causal && row + 1 < valid) valid = row + 1;
+        const float *of = rows + document * length * width, *asks = of + row * width + head * size;
+        const float *keys = of + (int64_t)(heads + head) * size, *values = keys + (int64_t)heads * size;
+        float *to = out + place * size, highest = -INFINITY, total = 0.0f;
+        for (int i = 0; i < valid; i++) {
+            weights[i] = 0.0f;
+            for (int j = 0; j < size; j++) weights[i] += asks[j] * keys[i * width + j];
+            highest = fmaxf(highest, weights[i] *= scale);
+        }
+        for (int i = 0; i < valid; i++) total += weights[i] = expf(weights[i] - highest);
+        for (int j = 0; j < size; j++) to[j] = 0.0f;
+        for (int i = 0; i < valid; i++)
+            for (int j = 0; j < size; j++) to[j] += weights[i] / total * values[i * width + j];
+    }
+    free(weights);
+    return 0;
 }
 
 void host_silu_mul(const float *in, float *out, uint8_t *rounded, int64_t rows, int64_t width, float inverse) {

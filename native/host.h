@@ -14,8 +14,12 @@ int host_product(const float *x, const uint8_t *x8, const float *weight, const u
                  float *out, uint8_t *out8, int64_t m, int64_t n, int64_t k, int transposed, int gelu, float scale,
                  float round);
 void host_quantize(const float *in, uint8_t *out, int64_t count, float inverse);
-void host_skip_layer_norm(const float *const in[4], float *out, uint8_t *rounded, int64_t rows, int64_t width,
+/* The norm of in[0] + in[1]; sums, the sum itself, and rounded may be NULL. */
+void host_skip_layer_norm(const float *const in[4], float *out, float *sums, uint8_t *rounded, int64_t rows, int64_t width,
                           float epsilon, float inverse);
+/* Attention as gpu.h says, of any size of heads. 0, or -1 without memory. */
+int host_attention(const float *rows, const int *lengths, float *out, int64_t documents, int length, int asked, int heads,
+                   int size, int causal);
 /* rows of 2 * width values; `rounded` is given in place of `out` or not at all. */
 void host_silu_mul(const float *in, float *out, uint8_t *rounded, int64_t rows, int64_t width, float inverse);
 /* As `Heads` of gpu.h says. */

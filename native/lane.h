@@ -22,7 +22,8 @@ typedef enum {
 
 enum { QUANTIZE, SKIP_LAYER_NORM, SILU_MUL, ROTARY, KERNEL_COUNT };
 
-typedef struct Plan Plan; /* of products.c */
+typedef struct Plan Plan;     /* of products.c */
+typedef struct Kernel Kernel; /* of hopper.c */
 
 typedef struct Scratch Scratch;
 struct Scratch {
@@ -35,9 +36,10 @@ struct Lane {
     void *context, *stream, *handle;
     uint64_t workspace; /* and behind it a 1 in float32, and room for one more */
     Scratch *scratch;   /* the largest first; captured graphs may still use the others */
-    int capability; /* 89 is 8.9 */
+    int capability, processors; /* 89 is 8.9; multiprocessors */
     void *module, *kernels[KERNEL_COUNT][2]; /* of float16 and bfloat16 */
     Plan *plans;
+    Kernel *hopper;
     Setting setting; /* of products to FP8 that was found to work; SAME before the first */
     int users;
     Lane *next;
@@ -65,9 +67,18 @@ int libraries(char *why);
 int capturing(void *stream);
 int entered(Lane **held, void *stream, char *why);
 int compiled(Lane *lane, char *why);
+/* A module of a source for this architecture ("sm_90a") with these options, the last NULL. */
+int built(const char *source, const char *name, const char *const *options, void **module, char *why);
 int rounding(Lane *lane, int type, const void *in, void *out, int64_t count, float inverse, const float *by);
 
 /* products.c */
 void plans_dropped(Plan *plans);
+
+/* hopper.c: kernels for compute capability 9.0. Whether a product is one for them, and how they are started. */
+int hopper_takes(const Lane *lane, const Product *product, const Operands *at);
+int hopper_product(Lane *lane, const Product *product, const Operands *at, char *why);
+int hopper_norm(Lane *lane, int type, const void *const in[4], void *out, void *sums, int64_t rows, int64_t width,
+                float epsilon, char *why);
+void hopper_dropped(Kernel *kernels);
 
 #endif

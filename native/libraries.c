@@ -74,6 +74,9 @@ int libraries(char *why) {
         {&driver.ModuleUnload, "cuModuleUnload"},
         {&driver.ModuleGetFunction, "cuModuleGetFunction"},
         {&driver.LaunchKernel, "cuLaunchKernel"},
+        {&driver.LaunchKernelEx, "cuLaunchKernelEx"},
+        {&driver.FuncSetAttribute, "cuFuncSetAttribute"},
+        {&driver.TensorMapEncodeTiled, "cuTensorMapEncodeTiled"},
         {NULL, NULL},
     };
     if (found(opened(cuda), calls, "the CUDA driver", why)) return -1;

@@ -12,8 +12,13 @@
  *   Rotary (x (batch, L, (heads + 2 kv_heads) size), cosines (L, size / 2), sines) -> queries, keys, values (batch, L, ...)
  *       queries and keys turned by the angles of their places, a head's first half against its second; with repeat = 1 each
  *       head of keys and values stands there for every head of queries that reads it.
+ *   SkipLayerNorm (x, skip, gamma, beta) -> (norm(x + skip) [, x + skip])
+ *   PackedAttention (rows (batch, L, 3 h s) [, lengths (batch) int32]) -> (batch, asked, h s)
+ *       of h = `heads` heads' queries, then their keys, then their values; a document's rows from its length on are not
+ *       attended to. With causal = 1 none is that comes later. `rows` queries are asked, 0 is all: the first ones, or where
+ *       causal the last. For heads of 64 and compute capability 9.0.
  *
- * On the CPU provider they are there in float32.
+ * On the CPU provider they are there in float32, attention for heads of any size.
  */
 #include <limits.h>
 #include <pthread.h>
@@ -24,10 +29,20 @@
 #include "host.h"
 #include "ort.h"
 
-enum { LINEAR, LINEAR_QUANTIZE, QUANTIZE, SKIP_LAYER_NORM_QUANTIZE, SILU_MUL, SILU_MUL_QUANTIZE, ROTARY };
+enum {
+    LINEAR,
+    LINEAR_QUANTIZE,
+    QUANTIZE,
+    SKIP_LAYER_NORM,
+    SKIP_LAYER_NORM_QUANTIZE,
+    SILU_MUL,
+    SILU_MUL_QUANTIZE,
+    ROTARY,
+    PACKED_ATTENTION
+};
 enum { INPUTS = 4, OUTPUTS = 3, AXES = 8 };
-static const char *const NAMES[] = {"Linear",  "LinearQuantize",  "Quantize", "SkipLayerNormQuantize",
-                                    "SiluMul", "SiluMulQuantize", "Rotary"};
+static const char *const NAMES[] = {"Linear",  "LinearQuantize",  "Quantize", "SkipLayerNorm", "SkipLayerNormQuantize",
+                                    "SiluMul", "SiluMulQuantize", "Rotary",   "PackedAttention"};
 #define CUDA "CUDAExecutionProvider"
 
 typedef struct {
@@ -40,7 +55,7 @@ typedef struct {
 typedef struct {
     const OrtApi *api;
     const Op *op;
-    int transposed, gelu, fast, candidates, heads, kv_heads, repeat;
+    int transposed, gelu, fast, candidates, heads, kv_heads, repeat, causal, rows;
     float scale, inverse, epsilon;
     Lane *lane;
 } Node;
@@ -74,7 +89,8 @@ static OrtStatus *create(const OrtCustomOp *base, const OrtApi *api, const OrtKe
         const char *name;
         int *to;
     } numbers[] = {{"transposed", &node->transposed}, {"fast", &node->fast},         {"candidates", &node->candidates},
-                   {"heads", &node->heads},           {"kv_heads", &node->kv_heads}, {"repeat", &node->repeat}};
+                   {"heads", &node->heads},           {"kv_heads", &node->kv_heads}, {"repeat", &node->repeat},
+                   {"causal", &node->causal},         {"rows", &node->rows}};
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         if (given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_INT64, OrtStatus *, const OrtKernelInfo *, const char *,
                                 int64_t *)(info, numbers[i].name, &number))) {
@@ -112,6 +128,10 @@ static void destroy(void *kernel) {
     free(kernel);
 }
 
+static int optional_input(const Op *op, size_t index) { return op->kind == PACKED_ATTENTION && index == 1; }
+static int optional_output(const Op *op, size_t index) { return op->kind == SKIP_LAYER_NORM && index == 1; }
+
+/* A tensor without axes stands for an optional one that is not given. */
 static OrtStatus *input(const Node *node, OrtKernelContext *context, size_t index, Tensor *tensor) {
     const OrtApi *api = node->api;
     const OrtValue *value = NULL;
@@ -119,7 +139,8 @@ static OrtStatus *input(const Node *node, OrtKernelContext *context, size_t inde
     void *data = NULL;
     OrtStatus *status = ORT_CALL(api, KERNEL_CONTEXT_GET_INPUT, OrtStatus *, const OrtKernelContext *, size_t,
                                  const OrtValue **)(context, index, &value);
-    if (!status && !value) return refused(api, "rmt_trt: an input is missing");
+    *tensor = (Tensor){0};
+    if (!status && !value) return optional_input(node->op, index) ? NULL : refused(api, "rmt_trt: an input is missing");
     if (!status)
         status = ORT_CALL(api, GET_TENSOR_MUTABLE_DATA, OrtStatus *, OrtValue *, void **)((OrtValue *)value, &data);
     if (!status)
@@ -144,7 +165,8 @@ static OrtStatus *output(const Node *node, OrtKernelContext *context, size_t ind
         ORT_CALL(node->api, KERNEL_CONTEXT_GET_OUTPUT, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t,
                  OrtValue **)(context, index, like->axes, like->count, &value);
     if (status) return status;
-    if (!value) return refused(node->api, "rmt_trt: an output is missing");
+    *data = NULL;
+    if (!value) return optional_output(node->op, index) ? NULL : refused(node->api, "rmt_trt: an output is missing");
     return ORT_CALL(node->api, GET_TENSOR_MUTABLE_DATA, OrtStatus *, OrtValue *, void **)(value, data);
 }
 
@@ -207,22 +229,24 @@ static OrtStatus *quantize(Node *node, OrtKernelContext *context, const Tensor i
 }
 
 static OrtStatus *skip_layer_norm(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
-    void *out = NULL, *rounded = NULL;
+    void *out = NULL, *second = NULL;
     char why[WHY];
     int64_t width = in[0].axes[in[0].count - 1], count = values(&in[0]);
+    int rounds = node->op->kind == SKIP_LAYER_NORM_QUANTIZE;
     if (values(&in[1]) != count || values(&in[2]) != width || values(&in[3]) != width)
         return refused(node->api, "rmt_trt: the shapes of a norm's inputs do not fit together");
     OrtStatus *status = output(node, context, 0, &in[0], &out);
-    if (!status) status = output(node, context, 1, &in[0], &rounded);
+    if (!status) status = output(node, context, 1, &in[0], &second);
     if (status || !count) return status;
     const void *const data[] = {in[0].data, in[1].data, in[2].data, in[3].data};
     if (!on_gpu(node)) {
         const float *const floats[] = {data[0], data[1], data[2], data[3]};
-        host_skip_layer_norm(floats, out, rounded, count / width, width, node->epsilon, node->inverse);
+        host_skip_layer_norm(floats, out, rounds ? NULL : second, rounds ? second : NULL, count / width, width,
+                             node->epsilon, node->inverse);
         return NULL;
     }
-    int code = gpu_skip_layer_norm(&node->lane, stream, node->op->input[0], data, out, rounded, count / width, width,
-                                   node->epsilon, node->inverse, why);
+    int code = gpu_skip_layer_norm(&node->lane, stream, node->op->input[0], data, out, rounds ? NULL : second,
+                                   rounds ? second : NULL, count / width, width, node->epsilon, node->inverse, why);
     return code ? refused(node->api, why) : NULL;
 }
 
@@ -280,6 +304,27 @@ static OrtStatus *rotary(Node *node, OrtKernelContext *context, const Tensor in[
     return code ? refused(node->api, why) : NULL;
 }
 
+static OrtStatus *packed_attention(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
+    const Tensor *x = &in[0], *lengths = &in[1];
+    int64_t width = x->count == 3 ? x->axes[2] : 0;
+    if (node->heads < 1 || width < 1 || width > INT_MAX || width % (3 * (int64_t)node->heads) || x->axes[1] > INT_MAX ||
+        node->rows < 0 || node->rows > x->axes[1] || (lengths->count && values(lengths) != x->axes[0]))
+        return refused(node->api, "rmt_trt: the shapes of attention's inputs, its heads and its rows do not fit together");
+    const Attention shape = {x->axes[0],  (int)x->axes[1],         node->rows ? node->rows : (int)x->axes[1],
+                             node->heads, (int)(width / 3 / node->heads), node->causal != 0};
+    Tensor made = *x;
+    made.axes[1] = shape.asked;
+    made.axes[2] = width / 3;
+    void *out = NULL;
+    OrtStatus *status = output(node, context, 0, &made, &out);
+    if (status || !values(&made)) return status;
+    char why[WHY] = "rmt_trt: no host memory";
+    int code = on_gpu(node) ? gpu_attention(&node->lane, stream, node->op->input[0], x->data, lengths->data, out, &shape, why)
+                            : host_attention(x->data, lengths->data, out, shape.documents, shape.length, shape.asked,
+                                             shape.heads, shape.size, shape.causal);
+    return code ? refused(node->api, why) : NULL;
+}
+
 static size_t input_count(const OrtCustomOp *base) {
     size_t count = 0;
     while (count < INPUTS && ((const Op *)base)->input[count]) count++;
@@ -301,10 +346,12 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     if (status) return status;
     switch (node->op->kind) {
         case QUANTIZE: return quantize(node, context, in, stream);
+        case SKIP_LAYER_NORM:
         case SKIP_LAYER_NORM_QUANTIZE: return skip_layer_norm(node, context, in, stream);
         case SILU_MUL:
         case SILU_MUL_QUANTIZE: return silu_mul(node, context, in, stream);
         case ROTARY: return rotary(node, context, in, stream);
+        case PACKED_ATTENTION: return packed_attention(node, context, in, stream);
         default: return linear(node, context, in, stream);
     }
 }
@@ -314,6 +361,9 @@ static const char *provider(const OrtCustomOp *base) { return ((const Op *)base)
 static int input_type(const OrtCustomOp *base, size_t index) { return ((const Op *)base)->input[index]; }
 static int output_type(const OrtCustomOp *base, size_t index) { return ((const Op *)base)->output[index]; }
 static int zero(const OrtCustomOp *base, size_t index) { return (void)base, (void)index, 0; }
+/* INPUT_OUTPUT_OPTIONAL is 1, INPUT_OUTPUT_REQUIRED 0. */
+static int input_kind(const OrtCustomOp *base, size_t index) { return optional_input((const Op *)base, index); }
+static int output_kind(const OrtCustomOp *base, size_t index) { return optional_output((const Op *)base, index); }
 static int one(const OrtCustomOp *base) { return (void)base, 1; }
 static size_t none(int **a, int **b) { return *a = *b = NULL, 0; }
 static void nothing(int *a, int *b) { (void)a, (void)b; }
@@ -337,6 +387,20 @@ static Op OPS[] = {
     {.kind = QUANTIZE, .provider = CUDA, .input = {ORT_FLOAT16}, .output = {ORT_FLOAT8}},
     {.kind = QUANTIZE, .provider = CUDA, .input = {ORT_BFLOAT16}, .output = {ORT_FLOAT8}},
     {.kind = QUANTIZE, .input = {ORT_FLOAT}, .output = {ORT_FLOAT8}},
+    {.kind = SKIP_LAYER_NORM,
+     .provider = CUDA,
+     .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
+     .output = {ORT_FLOAT16, ORT_FLOAT16}},
+    {.kind = SKIP_LAYER_NORM,
+     .provider = CUDA,
+     .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
+     .output = {ORT_BFLOAT16, ORT_BFLOAT16}},
+    {.kind = SKIP_LAYER_NORM,
+     .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
+     .output = {ORT_FLOAT, ORT_FLOAT}},
+    {.kind = PACKED_ATTENTION, .provider = CUDA, .input = {ORT_FLOAT16, ORT_INT32}, .output = {ORT_FLOAT16}},
+    {.kind = PACKED_ATTENTION, .provider = CUDA, .input = {ORT_BFLOAT16, ORT_INT32}, .output = {ORT_BFLOAT16}},
+    {.kind = PACKED_ATTENTION, .input = {ORT_FLOAT, ORT_INT32}, .output = {ORT_FLOAT}},
     {.kind = SKIP_LAYER_NORM_QUANTIZE,
      .provider = CUDA,
      .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
@@ -386,8 +450,8 @@ static OrtStatus *made(const OrtApi *api, OrtCustomOpDomain **domain) {
             .GetOutputType = output_type,
             .GetOutputTypeCount = output_count,
             .KernelDestroy = destroy,
-            .GetInputCharacteristic = zero,
-            .GetOutputCharacteristic = zero,
+            .GetInputCharacteristic = input_kind,
+            .GetOutputCharacteristic = output_kind,
             .GetInputMemoryType = zero,
             .GetVariadicInputMinArity = one,
             .GetVariadicInputHomogeneity = one,

@@ -205,6 +205,11 @@ static int narrowed(Lane *lane, const Plan *plan, const Operands *at) {
 int gpu_product(Lane **held, void *stream, const Product *product, const Operands *at, char *why) {
     pthread_mutex_lock(&gpu_lock);
     int code = entered(held, stream, why);
+    if (!code && hopper_takes(*held, product, at)) {
+        code = hopper_product(*held, product, at, why);
+        pthread_mutex_unlock(&gpu_lock);
+        return code;
+    }
     Plan *plan = code ? NULL : planned(*held, product, at, why);
     if (plan) {
         plan->product.scale = product->scale;

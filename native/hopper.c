@@ -1,0 +1,189 @@
+/* Kernels for compute capability 9.0: which product takes which tiles, and how they are started. */
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "hopper.h" /* made at build: hopper.cu as the string HOPPER */
+#include "lane.h"
+#include "ort.h"
+
+enum { DEEP = 64, HEAD = 64, KEYS = 64, RING = 8, SHARERS = 2 }; /* as in hopper.cu: k and keys of a tile; STAGES, GROUPS */
+
+/* What a kernel is compiled with. */
+typedef struct {
+    int product, attention, norm, bfloat, rows, columns, stages, gelu, groups, causal, vectors;
+} Macros;
+
+struct Kernel {
+    Macros macros;
+    void *module, *function;
+    Kernel *next;
+};
+
+/* Tiles of a product, and what they took on an H200, in nanoseconds: a step of 64 of k, and what comes behind the steps. */
+static const struct {
+    int rows, columns, stages, step, behind;
+} TILES[] = {{64, 64, 8, 155, 500}, {64, 96, 6, 185, 700}, {128, 96, 6, 275, 900}, {128, 128, 6, 320, 1150}};
+enum { TILES_COUNT = sizeof TILES / sizeof *TILES };
+
+static int compiled_for(Lane *lane, const Macros *macros, unsigned shared, void **function, char *why) {
+    for (Kernel *kernel = lane->hopper; kernel; kernel = kernel->next)
+        if (memcmp(&kernel->macros, macros, sizeof *macros) == 0) {
+            *function = kernel->function;
+            return 0;
+        }
+    if (capturing(lane->stream)) return fail(why, "the first run of a session is captured; run it once before", 0);
+    const struct {
+        const char *name;
+        int value;
+    } defined[] = {{"PRODUCT", macros->product}, {"ATTENTION", macros->attention}, {"NORM", macros->norm},
+                   {"BFLOAT", macros->bfloat},   {"ROWS", macros->rows},           {"COLUMNS", macros->columns},
+                   {"STAGES", macros->stages},   {"GELU", macros->gelu},           {"GROUPS", macros->groups},
+                   {"CAUSAL", macros->causal},   {"VECTORS", macros->vectors}};
+    enum { COUNT = sizeof defined / sizeof *defined };
+    char written[COUNT][32];
+    const char *options[COUNT + 2] = {"--gpu-architecture=sm_90a"};
+    for (int i = 0, at = 1; i < COUNT; i++)
+        if (defined[i].value) { /* a macro of 0 is one that is not there */
+            snprintf(written[i], sizeof written[i], "-D%s=%d", defined[i].name, defined[i].value);
+            options[at++] = written[i];
+        }
+    Kernel *kernel = calloc(1, sizeof *kernel);
+    if (!kernel) return fail(why, "no host memory", 0);
+    kernel->macros = *macros;
+    if (built(HOPPER, "hopper.cu", options, &kernel->module, why)) {
+        free(kernel);
+        return -1;
+    }
+    int code = driver.ModuleGetFunction(&kernel->function, kernel->module, "kernel");
+    if (!code && shared) code = driver.FuncSetAttribute(kernel->function, MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)shared);
+    if (code) {
+        driver.ModuleUnload(kernel->module);
+        free(kernel);
+        return fail(why, "the driver refuses a kernel for Hopper", code);
+    }
+    kernel->next = lane->hopper;
+    lane->hopper = kernel;
+    *function = kernel->function;
+    return 0;
+}
+
+void hopper_dropped(Kernel *kernels) {
+    for (Kernel *kernel = kernels, *next; kernel; kernel = next) {
+        next = kernel->next;
+        driver.ModuleUnload(kernel->module);
+        free(kernel);
+    }
+}
+
+/* As a programmatic dependent of what is before it on the stream. */
+static int started(Lane *lane, void *function, const int64_t grid[3], unsigned threads, unsigned shared, void **arguments,
+                   char *why) {
+    for (int i = 0; i < 3; i++)
+        if (grid[i] > (i ? 65535 : INT_MAX)) return fail(why, "more documents or rows than a kernel for Hopper takes", 0);
+    LaunchAttribute early = {.id = PROGRAMMATIC_STREAM_SERIALIZATION, .value = 1};
+    const Launch launch = {{(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]}, {threads, 1, 1}, shared, lane->stream,
+                           &early, 1};
+    int code = driver.LaunchKernelEx(&launch, function, arguments, NULL);
+    return code ? fail(why, "the driver did not start a kernel for Hopper", code) : 0;
+}
+
+/* A map of halves, the axis of neighbours first, for boxes of it. */
+static int mapped(TensorMap *map, int type, int axes, const void *at, const uint64_t *sizes, const unsigned *box,
+                  int swizzle, char *why) {
+    uint64_t strides[2] = {2 * sizes[0], 2 * sizes[0] * sizes[1]};
+    const unsigned ones[3] = {1, 1, 1};
+    int code = driver.TensorMapEncodeTiled(map, type == ORT_BFLOAT16 ? MAP_BFLOAT16 : MAP_FLOAT16, (unsigned)axes, at,
+                                           sizes, strides, box, ones, 0, swizzle, PROMOTION_L2_128B, 0);
+    return code ? fail(why, "the driver refuses the description of a tensor", code) : 0;
+}
+
+static int64_t over(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
+/* The tiles that are done first, of those for which a multiprocessor each is there; -1 where there are none. */
+static int tiles_for(const Lane *lane, int64_t m, int64_t n, int64_t k) {
+    int best = -1;
+    int64_t shortest = INT64_MAX;
+    for (int i = 0; i < TILES_COUNT; i++) {
+        int64_t spent = k / DEEP * TILES[i].step + TILES[i].behind;
+        if (over(m, TILES[i].rows) * over(n, TILES[i].columns) > lane->processors || spent >= shortest) continue;
+        shortest = spent;
+        best = i;
+    }
+    return best;
+}
+
+int hopper_takes(const Lane *lane, const Product *p, const Operands *at) {
+    int half = p->type == ORT_FLOAT16 || p->type == ORT_BFLOAT16;
+    int aligned = ((uintptr_t)at->x | (uintptr_t)at->weight | (uintptr_t)at->out) % 16 == 0;
+    return lane->capability == 90 && half && p->out == p->type && p->half == p->type && !p->transposed && p->scale == 1.0f &&
+           p->m <= INT_MAX && p->n <= INT_MAX && p->k <= INT_MAX && p->k % DEEP == 0 && p->n % 8 == 0 && aligned &&
+           tiles_for(lane, p->m, p->n, p->k) >= 0;
+}
+
+int hopper_product(Lane *lane, const Product *p, const Operands *at, char *why) {
+    int tile = tiles_for(lane, p->m, p->n, p->k), rows = TILES[tile].rows, columns = TILES[tile].columns;
+    const Macros macros = {.product = 1, .bfloat = p->type == ORT_BFLOAT16, .rows = rows, .columns = columns,
+                           .stages = TILES[tile].stages, .gelu = p->gelu};
+    unsigned shared = (unsigned)(1024 + macros.stages * (rows + columns) * DEEP * 2), box = columns % 64 ? 32 : 64;
+    void *function;
+    TensorMap x, w;
+    const uint64_t x_sizes[] = {(uint64_t)p->k, (uint64_t)p->m}, w_sizes[] = {(uint64_t)p->n, (uint64_t)p->k};
+    const unsigned x_box[] = {DEEP, (unsigned)rows}, w_box[] = {box, DEEP};
+    if (compiled_for(lane, &macros, shared, &function, why) ||
+        mapped(&x, p->type, 2, at->x, x_sizes, x_box, SWIZZLE_128B, why) ||
+        mapped(&w, p->type, 2, at->weight, w_sizes, w_box, box == 64 ? SWIZZLE_128B : SWIZZLE_64B, why))
+        return -1;
+    int m = (int)p->m, n = (int)p->n, k = (int)p->k;
+    void *arguments[] = {&x, &w, (void *)&at->bias, (void *)&at->out, &m, &n, &k};
+    const int64_t grid[] = {over(n, columns), over(m, rows), 1};
+    return started(lane, function, grid, (unsigned)(rows / 64 * 128 + 32), shared, arguments, why);
+}
+
+int hopper_norm(Lane *lane, int type, const void *const in[4], void *out, void *sums, int64_t rows, int64_t width,
+                float epsilon, char *why) {
+    const Macros macros = {.norm = 1, .bfloat = type == ORT_BFLOAT16, .vectors = (int)over(width, 256)};
+    void *function;
+    if (compiled_for(lane, &macros, 0, &function, why)) return -1;
+    if (!rows) return 0;
+    if (rows > INT_MAX) return fail(why, "more rows than a norm takes", 0);
+    int count = (int)rows, columns = (int)width;
+    void *arguments[] = {(void *)&in[0], (void *)&in[1], (void *)&in[2], (void *)&in[3], &out, &sums, &count, &columns,
+                         &epsilon};
+    const int64_t grid[] = {over(rows, 4), 1, 1};
+    return started(lane, function, grid, 128, 0, arguments, why);
+}
+
+int gpu_attention(Lane **held, void *stream, int type, const void *rows, const int *lengths, void *out,
+                  const Attention *shape, char *why) {
+    if (shape->size != HEAD) {
+        snprintf(why, WHY, "heads of %d values; expected %d", shape->size, HEAD);
+        return -1;
+    }
+    pthread_mutex_lock(&gpu_lock);
+    const Macros macros = {.attention = 1, .bfloat = type == ORT_BFLOAT16, .stages = RING, .groups = SHARERS,
+                           .causal = shape->causal};
+    unsigned shared = 1024 + (KEYS + 2 * RING * KEYS) * HEAD * 2;
+    TensorMap map;
+    const uint64_t sizes[] = {3 * (uint64_t)shape->heads * HEAD, (uint64_t)shape->length, (uint64_t)shape->documents};
+    const unsigned box[] = {HEAD, KEYS, 1};
+    void *function;
+    int code = entered(held, stream, why);
+    if (!code && (*held)->capability != 90) {
+        snprintf(why, WHY, "this attention needs compute capability 9.0; this GPU has %d.%d", (*held)->capability / 10,
+                 (*held)->capability % 10);
+        code = -1;
+    }
+    if (!code) code = compiled_for(*held, &macros, shared, &function, why);
+    if (!code) code = mapped(&map, type, 3, rows, sizes, box, SWIZZLE_128B, why);
+    if (!code) {
+        int asked = shape->asked, length = shape->length;
+        float scale = 0.125f * 1.44269504f; /* 1 / sqrt(HEAD), log2(e) */
+        void *arguments[] = {&map, &lengths, &out, &asked, &length, &scale};
+        const int64_t grid[] = {over(asked, 64), shape->heads, shape->documents};
+        code = started(*held, function, grid, SHARERS * 128 + 32, shared, arguments, why);
+    }
+    pthread_mutex_unlock(&gpu_lock);
+    return code;
+}
