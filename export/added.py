@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rmt_trt.bundle import GraphEntry
 from rmt_trt.export.graph_check import GraphCheck
 from rmt_trt.export.verify import Report
+from rmt_trt.runtime.native import HOPPER, NEED
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class EngineGraphs:
     report      the verification on the engine, or None
     unverified  why there is none, or None
     native      graphs with rmt-trt's own operators, which stand in `entries` too, or None
+    hopper      the same of graphs with kernels for compute capability 9.0
     quantization  of quantized graphs: how, and which products were kept in float, as plain values; else None
     verified_on   the engine that the report is of, where it is another: quantized graphs are verified on the CPU
                   where the machine cannot run their own
@@ -60,8 +62,19 @@ class EngineGraphs:
     report: Report | None = None
     unverified: str | None = None
     native: NativeGraphs | None = None
+    hopper: NativeGraphs | None = None
     quantization: dict[str, Any] | None = None
     verified_on: str | None = None
+
+    @property
+    def own(self) -> dict[str, NativeGraphs]:
+        """Graphs with operators of our own by what they need, the least first."""
+        both = {NEED: self.native, HOPPER: self.hopper}
+        return {need: graphs for need, graphs in both.items() if graphs is not None}
+
+    def with_own(self, own: Mapping[str, NativeGraphs]) -> EngineGraphs:
+        """The same with other knowledge of these."""
+        return replace(self, native=own.get(NEED), hopper=own.get(HOPPER))
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest records: `verification.engines.ENGINE.DTYPE`."""
@@ -71,7 +84,7 @@ class EngineGraphs:
             "check": None if self.check is None else self.check.to_json(),
             "verification": None if self.report is None else summary(self.report),
             "unverified": self.unverified,
-            **({} if self.native is None else {"native": self.native.to_json()}),
+            **{need: own.to_json() for need, own in self.own.items()},
             **({} if self.quantization is None else {"quantization": self.quantization}),
             **({} if self.verified_on is None else {"verified_on": self.verified_on}),
         }

@@ -6,8 +6,9 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def add_engine_graphs(
 
     model     the float32 model, or the step of the user's own, that the bundle was exported from; None takes a
               published model out of the bundle itself
-    progress  called with (stage, done, total); stages are "graphs", "check", "native" and "verify"
+    progress  called with (stage, done, total); stages are "graphs", "check", "native", "hopper" and "verify"
 
     The graphs are checked on ONNX Runtime's CPU provider (fused half-precision ones by their float32 twins), and
     verified along the recurrence where this machine can run the engine; only then are they added, all or none.
@@ -195,9 +196,10 @@ def _write(
     if isinstance(step, (EncoderStep, DecoderStep)) and not options.plain:
         try:
             made = fused_graphs(step, bundle.spec, dtype, folder, beside=options.native and dtype != "fp32")
-            entries = tuple(map(_in_bundle, (*made.entries, *made.native)))
+            entries = tuple(map(_in_bundle, (*made.entries, *made.native, *made.hopper)))
             own = NativeGraphs(made.native_fused) if made.native else None
-            return EngineGraphs(engine, dtype, entries, made.fused, native=own)
+            hopper = NativeGraphs(made.hopper_fused) if made.hopper else None
+            return EngineGraphs(engine, dtype, entries, made.fused, native=own, hopper=hopper)
         except CannotFuse as err:
             reason = str(err)
     if dtype == "fp32" or step is None:
@@ -255,17 +257,22 @@ def _check(
     with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
         folder, nodes = Path(scratch), by_nodes(step, bundle.spec)
         # Rotary attention as in the graphs that are checked; the CPU provider has that node in fp32 too.
-        twins = fused_graphs(
-            step, bundle.spec, "fp32", folder, grouped=True, beside=made.native is not None, by_nodes=nodes
-        )
+        twins = fused_graphs(step, bundle.spec, "fp32", folder, grouped=True, beside=bool(made.own), by_nodes=nodes)
         made = replace(made, check=checked(twins.entries, folder))
-        if made.native is not None:
-            own = check_native(
-                twins.native, folder, step, bundle.spec, bundle.initial(), options.check_segments,
-                lambda done, total: progress("native", done, total),
-            )  # fmt: skip
-            made = replace(made, native=replace(made.native, check=own, by="nodes" if nodes else "operators"))
-    return made
+        own: dict[str, NativeGraphs] = {}
+        entries = {native.NEED: twins.native, native.HOPPER: twins.hopper}
+        for need, graphs in made.own.items():
+            check = check_native(
+                entries[need],
+                folder,
+                step,
+                bundle.spec,
+                bundle.initial(),
+                options.check_segments,
+                partial(progress, need),
+            )
+            own[need] = replace(graphs, check=check, by="nodes" if nodes else "operators")
+    return made.with_own(own)
 
 
 def _verify(
@@ -278,7 +285,7 @@ def _verify(
     twin: Write | None,
 ) -> EngineGraphs:
     """Runs the engine itself on the bundle as it is going to be, where this machine can. Graphs with our own operators and
-    those beside them are verified apart: which ones run is decided where the bundle is opened."""
+    those beside them are verified apart, by what they need: which ones run is decided where the bundle is opened."""
     if not options.segments:
         return _unverified(made, "left out")
     _fill(stage, bundle, made)
@@ -296,20 +303,29 @@ def _verify(
         engine = "cpu"
         made, stage = replace(made, verified_on=engine), _for_cpu(bundle, made, stage, twin)
         return replace(made, report=verified())
-    own = made.native
-    if own is None:
+    if not made.own:
         return replace(made, report=verified())
-    _fill(stage, bundle, replace(made, entries=tuple(entry for entry in made.entries if not entry.needs)))
-    made, reason = replace(made, report=verified()), native.unused()
-    if reason is not None:
-        return replace(made, native=replace(own, unverified=reason))
-    _fill(stage, bundle, made)
-    return replace(made, native=replace(own, report=verified()))
+    needs: set[str] = set()
+    _fill(stage, bundle, _needing(made, needs))
+    report = verified()
+    own: dict[str, NativeGraphs] = {}
+    for need, graphs in made.own.items():
+        needs.add(need)
+        reason = native.lacking(needs, 0)
+        if reason is None:
+            _fill(stage, bundle, _needing(made, needs))
+        own[need] = replace(graphs, unverified=reason, report=None if reason else verified())
+    return replace(made, report=report).with_own(own)
+
+
+def _needing(made: EngineGraphs, needs: Collection[str]) -> EngineGraphs:
+    """With those graphs alone that need nothing else."""
+    return replace(made, entries=tuple(entry for entry in made.entries if set(entry.needs) <= set(needs)))
 
 
 def _unverified(made: EngineGraphs, reason: str) -> EngineGraphs:
-    own = None if made.native is None else replace(made.native, unverified=reason)
-    return replace(made, unverified=reason, native=own)
+    own = {need: replace(graphs, unverified=reason) for need, graphs in made.own.items()}
+    return replace(made, unverified=reason).with_own(own)
 
 
 def _verified(

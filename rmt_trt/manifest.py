@@ -24,8 +24,9 @@ TOKENIZER = "tokenizer.json"
 REPORT = "verification.json"
 # "step" takes any batch of unequal lengths; "full" takes segments of S tokens only, and masks nothing.
 ROLES = ("step", "full", "prefill", "decode")
-# What a graph may need of an installation beside its engine. "native": rmt-trt's own operators for ONNX Runtime.
-NEEDS = ("native",)
+# What a graph may need of an installation beside its engine. "native": rmt-trt's own operators for ONNX Runtime. "hopper":
+# their kernels for compute capability 9.0.
+NEEDS = ("native", "hopper")
 
 MANIFEST_LIMIT = 16 << 20
 FILE_LIMIT = 1 << 42

@@ -9,13 +9,17 @@ library runs the graphs beside them.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from importlib.util import find_spec
 from typing import Any
 
 from rmt_trt.errors import ContractError, EngineError
+from rmt_trt.runtime import machine
 
 DOMAIN = "rmt_trt"  # of the operators in a graph
 NEED = "native"  # what a manifest calls it
+HOPPER = "hopper"  # what it calls kernels of theirs that one kind of GPU runs
+CAPABILITY = 90  # which one: 9.0, as of the H100 and H200
 SWITCH = "RMT_NATIVE"  # 0 leaves the operators out, for comparisons
 INSTALL = (
     "their library was not built when rmt-trt was installed: it takes a C compiler. Install one (gcc), then rmt-trt again: "
@@ -37,6 +41,25 @@ def unused() -> str | None:
     if switch == "0":
         return f"{SWITCH}=0 leaves them out"
     return INSTALL if library() is None else None
+
+
+def lacking(needs: Collection[str], device: int) -> str | None:
+    """Why graphs with such needs are not taken on GPU `device`, or None; which GPU it is, is asked only where that matters.
+    Errors: as `unused`."""
+    reason = unused()
+    if reason is None and HOPPER in needs:
+        reason = _other_gpu(device)
+    return reason if needs else None
+
+
+def _other_gpu(device: int) -> str | None:
+    try:
+        found = machine.capability(device)
+    except EngineError as err:
+        return str(err)
+    if found == CAPABILITY:
+        return None
+    return f"their kernels are for compute capability {CAPABILITY / 10:.1f}; GPU {device} has {found / 10:.1f}"
 
 
 def register(options: Any) -> None:

@@ -1,7 +1,8 @@
 """Graphs with fused nodes for ONNX Runtime's CUDA provider, written from a model's weights.
 
 A graph is written per role and head; all of a dtype share one file of weights. Beside them there may be graphs with
-rmt-trt's own operators (`rmt_trt.runtime.native`), which read the same file.
+rmt-trt's own operators (`rmt_trt.runtime.native`), and such whose operators have kernels for one kind of GPU (`hopper`), which
+read the same file.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ FEW, MANY = Native(qkv=False, out=False, down=False), Native()
 @dataclass(frozen=True)
 class FusedGraphs:
     """entries: the files that were written, by role and head. fused: what one node does in place of several, counted
-    in one step. native, native_fused: the same of graphs with operators of our own that stand beside them."""
+    in one step. native, native_fused: the same of graphs with operators of our own that stand beside them. hopper,
+    hopper_fused: of such for GPUs of compute capability 9.0."""
 
     entries: tuple[GraphEntry, ...]
     fused: dict[str, int]
     native: tuple[GraphEntry, ...] = ()
     native_fused: dict[str, int] = field(default_factory=dict)
+    hopper: tuple[GraphEntry, ...] = ()
+    hopper_fused: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

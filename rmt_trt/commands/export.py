@@ -46,6 +46,7 @@ app = new_app()
 LABELS = {
     "load": "reading the checkpoint", "export": "exporting the segment step", "verify": "verifying",
     "graphs": "writing graphs", "check": "checking them on the CPU", "native": "checking native products",
+    "hopper": "checking those for one kind of GPU",
 }  # fmt: skip
 ENGINES = ("cpu", "cuda", *engine_options.ENGINES)
 GRAPH_DTYPES = ("fp32", "fp16", "bf16")
@@ -272,7 +273,7 @@ def _add(target: Path, engine: str, dtype: str, step: RMTModel | None, options: 
     started = time.perf_counter()
     with shown_stages(screen, LABELS) as show:
         made = add_engine_graphs(target, engine, dtype, step, options, show)
-    for report in (made.report, made.native and made.native.report):
+    for report in (made.report, *(own.report for own in made.own.values())):
         if report is not None:
             screen.print(drift_table(report.to_json()))
     for line in record_lines(engine, dtype, made.to_json()):

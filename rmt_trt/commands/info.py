@@ -68,7 +68,8 @@ def info(
     files, gpu, found = engine_rows(source, device), gpu_facts(device), providers(device)
     if as_json:
         own = {"library": native.library(), "not_used": native.unused()}
-        more = {"native": own, "engine_files": files, "gpu": gpu, "providers": providers_json(found)}
+        hopper = {"not_used": native.lacking([native.HOPPER], device)}
+        more = {"native": own, "hopper": hopper, "engine_files": files, "gpu": gpu, "providers": providers_json(found)}
         print(json.dumps(_as_json(source, refusals) | more, indent=2))
         return
     screen = Console(highlight=False, markup=False, emoji=False)
@@ -81,7 +82,7 @@ def info(
     screen.print(gpu_line(device, gpu))
     if files:
         screen.print(engine_files_table(files))
-    screen.print(_engine_table(refusals))
+    screen.print(_engine_table(refusals, device))
     screen.print(providers_table(found))
 
 
@@ -136,21 +137,25 @@ def _files_table(bundle: Bundle) -> Table:
     return table
 
 
-def _engine_table(refusals: dict[str, str | None]) -> Table:
+def _engine_table(refusals: dict[str, str | None], device: int) -> Table:
     table = Table(title=f"engines on this machine ({platform.machine()}, {platform.system()})", title_justify="left")
     table.add_column("engine")
     table.add_column("runs")
     table.add_column("why not")
-    table.caption_justify, table.caption = "left", printable(f"native products of 'cuda': {_native_line()}")
+    table.caption_justify, table.caption = "left", printable(f"native products of 'cuda': {_native_line(device)}")
     for name, reason in refusals.items():
         table.add_row(name, "no" if reason else "yes", printable(reason or ""))
     return table
 
 
-def _native_line() -> str:
-    """Whether graphs with rmt-trt's own operators are taken here."""
-    reason = native.unused()
-    return f"from {native.library()}" if reason is None else f"not used: {reason}"
+def _native_line(device: int) -> str:
+    """Whether graphs with rmt-trt's own operators are taken here, and those with kernels for one kind of GPU."""
+    if reason := native.unused():
+        return f"not used: {reason}"
+    reason = native.lacking([native.HOPPER], device)
+    return (
+        f"from {native.library()}; kernels for one kind of GPU: {'used' if reason is None else f'not used: {reason}'}"
+    )
 
 
 def main() -> None:

@@ -100,6 +100,8 @@ def engine_record(manifest: Manifest, engine: str, dtype: str) -> dict[str, Any]
     return value if isinstance(value, dict) else {}
 
 
+# What stands beside graphs that need nothing, by what it needs.
+OWN = {"native": "native products", "hopper": "kernels for compute capability 9.0"}
 # What stood for rmt-trt's own operators on the CPU.
 TWINS = {"operators": "by the operators' kernels for the CPU", "nodes": "as the nodes that they stand for"}
 
@@ -115,10 +117,11 @@ def record_lines(engine: str, dtype: str, record: Mapping[str, Any]) -> list[str
         lines = [f"{engine} {dtype}: fused: {_counts(fused)}"]
     lines += _quantization_lines(record.get("quantization"))
     lines += _proof_lines(record)
-    own = record.get("native")
-    if isinstance(own, dict) and isinstance(own.get("fused"), dict):
-        lines.append(f"  beside them with native products: {_counts(own['fused'])}")
-        lines += [f"  {line}" for line in _proof_lines(own)]
+    for need, what in OWN.items():
+        own = record.get(need)
+        if isinstance(own, dict) and isinstance(own.get("fused"), dict):
+            lines.append(f"  beside them with {what}: {_counts(own['fused'])}")
+            lines += [f"  {line}" for line in _proof_lines(own)]
     return lines
 
 

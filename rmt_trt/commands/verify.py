@@ -87,7 +87,7 @@ def verify(
         screen.print(drift_table(report.to_json()))
     _write(reports, out, plot)
     if record:
-        _record(bundle, reports[0])
+        _record(bundle, reports[0], device)
     _require(reports)
 
 
@@ -179,8 +179,8 @@ def _require(reports: tuple[Report, ...]) -> None:
         raise VerificationError("; ".join(map(str, failed)), {"reports": [err.report for err in failed]})
 
 
-def _record(path: Path, report: Report) -> None:
-    """Puts the verdict into the manifest, beside what the export recorded of these graphs: of graphs with native products,
+def _record(path: Path, report: Report, device: int = 0) -> None:
+    """Puts the verdict into the manifest, beside what the export recorded of these graphs: of those that need something,
     where these were what ran, beside theirs."""
     from rmt_trt.export.added import recorded, summary
     from rmt_trt.runtime import native
@@ -192,9 +192,12 @@ def _record(path: Path, report: Report) -> None:
         record = dict(record) if isinstance(record, dict) else {}
         record.pop("verified_on", None)
         verdict = summary(report) | {"accepted_drift": False}  # nobody was asked to keep it
-        own, proof = record.get("native"), {"verification": verdict, "unverified": None}
-        if isinstance(own, dict) and native.unused() is None:
-            proof = {"native": {**own, **proof}}
+        proof: dict[str, Any] = {"verification": verdict, "unverified": None}
+        for need in (native.HOPPER, native.NEED):
+            own = record.get(need)
+            if isinstance(own, dict) and native.lacking([need], device) is None:
+                proof = {need: {**own, **proof}}
+                break
         return recorded(old, report.engine, report.dtype, {**record, **proof})
 
     add_files(path, {}, verification=changed)

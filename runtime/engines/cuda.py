@@ -1,6 +1,7 @@
 """ONNX Runtime's CUDA provider: the recurrence wholly on the GPU, replayed from captured CUDA graphs.
 
-Where rmt-trt's own operators are installed (`rmt_trt.runtime.native`), graphs that need them are taken before others.
+Where rmt-trt's own operators are installed (`rmt_trt.runtime.native`), graphs that need them are taken before others, and
+before these, on the GPUs that run them, those that need their kernels for one kind of GPU.
 
 A graph of the bundle is a session; on each bucket (`rmt_trt.runtime.buckets`) a session has two bindings, from memory A
 to B and from B to A, captured once each. So a segment costs one small copy of tokens and one replay, and the host
@@ -58,8 +59,8 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
     """Why this engine cannot run the source, or None."""
     if source.bundle is None:
         return "it runs a bundle's graphs for CUDA; export one with rmt-export MODEL --engine cuda"
-    if _dtype(source.bundle, dtype) is None:
-        if missing := _missing(source.bundle, dtype):
+    if _dtype(source.bundle, dtype, device) is None:
+        if missing := _missing(source.bundle, dtype, device):
             return missing
         if dtype == "int8":
             return NO_INT8_ON_CUDA
@@ -84,7 +85,7 @@ def refusal(source: Source, dtype: str | None, device: int) -> str | None:
             f"the installed onnxruntime {ort.__version__} has no CUDA provider. Install the other build of it: "
             f"pip uninstall onnxruntime; pip install 'rmt-trt[gpu]'"
         )
-    return cuda.refusal(device) or _lacks_products(source.bundle, _dtype(source.bundle, dtype), device)
+    return cuda.refusal(device) or _lacks_products(source.bundle, _dtype(source.bundle, dtype, device), device)
 
 
 def open_engine(source: Source, dtype: str | None, device: int, threads: int | None) -> CudaEngine:
@@ -92,36 +93,38 @@ def open_engine(source: Source, dtype: str | None, device: int, threads: int | N
     reason = refusal(source, dtype, device)
     if reason is not None or source.bundle is None:
         raise EngineError(f"engine 'cuda' cannot run {source.path}: {reason}")
-    chosen = _dtype(source.bundle, dtype)
+    chosen = _dtype(source.bundle, dtype, device)
     assert chosen is not None
     return CudaEngine(source.bundle, chosen, device)
 
 
-def _dtype(bundle: Bundle, dtype: str | None) -> str | None:
-    made = {graph.dtype for graph in _runnable(bundle)}
+def _dtype(bundle: Bundle, dtype: str | None, device: int) -> str | None:
+    made = {graph.dtype for graph in _runnable(bundle, device)}
     return next((name for name in (DTYPES if dtype is None else (dtype,)) if name in made), None)
 
 
-def _runnable(bundle: Bundle) -> list[GraphEntry]:
-    """The graphs for CUDA, without those whose operators are not here."""
-    left_out = native.unused() is not None
-    return [g for g in bundle.manifest.graphs if g.engine == NAME and not (left_out and native.NEED in g.needs)]
+def _runnable(bundle: Bundle, device: int) -> list[GraphEntry]:
+    """The graphs for CUDA, without those that need what is not here or what this GPU is not; for one use, that which needs
+    most comes last."""
+    made = [graph for graph in bundle.manifest.graphs if graph.engine == NAME]
+    left_out = {needs: native.lacking(needs, device) for needs in {graph.needs for graph in made}}
+    return sorted((graph for graph in made if left_out[graph.needs] is None), key=lambda graph: len(graph.needs))
 
 
 def _lacks_products(bundle: Bundle, dtype: str | None, device: int) -> str | None:
     """Why the GPU does not multiply as the graphs do, or None. Without our own operators they multiply in float."""
-    ours = any(native.NEED in graph.needs for graph in _runnable(bundle) if graph.dtype == dtype)
+    ours = any(native.NEED in graph.needs for graph in _runnable(bundle, device) if graph.dtype == dtype)
     return products_refusal(dtype, machine.capability(device)) if ours and dtype in QUANTIZED else None
 
 
-def _missing(bundle: Bundle, dtype: str | None) -> str | None:
+def _missing(bundle: Bundle, dtype: str | None, device: int) -> str | None:
     """What keeps back graphs that are there, or None where there are none of the dtype."""
     wanted = DTYPES if dtype is None else (dtype,)
-    kept = [g.dtype for g in bundle.manifest.graphs if g.engine == NAME and g.dtype in wanted]
-    reason = native.unused()
-    if not kept or reason is None:
+    kept = [graph for graph in bundle.manifest.graphs if graph.engine == NAME and graph.dtype in wanted]
+    reason = native.lacking(kept[0].needs, device) if kept else None
+    if reason is None:
         return None
-    return f"its graphs for CUDA in {kept[0]} need rmt-trt's own operators, and {reason}"
+    return f"its graphs for CUDA in {kept[0].dtype} need rmt-trt's own operators, and {reason}"
 
 
 @dataclass(eq=False)
@@ -145,10 +148,9 @@ class CudaEngine:
 
     def __init__(self, bundle: Bundle, dtype: str, device: int) -> None:
         self.dtype = dtype
-        self._bundle, self._spec = bundle, bundle.spec
-        graphs = sorted((g for g in _runnable(bundle) if g.dtype == dtype), key=lambda g: native.NEED in g.needs)
-        # For one use a graph with operators of our own comes last, and stays.
-        self._graphs = {(g.role, cast(Head, g.head), g.min_batch): g for g in graphs}
+        self._bundle, self._spec, self._device = bundle, bundle.spec, device
+        graphs = [graph for graph in _runnable(bundle, device) if graph.dtype == dtype]
+        self._graphs = {(g.role, cast(Head, g.head), g.min_batch): g for g in graphs}  # the last for a use stays
         log.info("engine 'cuda': %s", self.products)
         self._plain = not any(graph.role == "full" for graph in graphs)
         self._sessions: dict[tuple[Key, int], Any] = {}  # by graph, and of plain ones by the size of their bucket
@@ -156,7 +158,7 @@ class CudaEngine:
         self._captures = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rmt-trt-cuda")
         try:
-            self._open(device)
+            self._open()
         except BaseException:
             self._worker.shutdown()
             raise
@@ -164,15 +166,22 @@ class CudaEngine:
     @property
     def products(self) -> str:
         """Whose products its graphs have, in words."""
-        if any(native.NEED in graph.needs for graph in self._graphs.values()):
-            return f"native products, from {native.library()}"
-        if not any(native.NEED in g.needs and g.dtype == self.dtype for g in self._bundle.manifest.graphs):
+        taken = {need for graph in self._graphs.values() for need in graph.needs}
+        made = {need for graph in self._bundle.manifest.graphs if graph.dtype == self.dtype for need in graph.needs}
+        if native.HOPPER in taken:
+            return f"native products and kernels for this GPU, from {native.library()}"
+        if native.NEED in taken:
+            more = ""
+            if native.HOPPER in made:
+                more = f"; more of its native graphs are not used: {native.lacking([native.HOPPER], self._device)}"
+            return f"native products, from {native.library()}{more}"
+        if native.NEED not in made:
             return "ONNX Runtime's products; the bundle has no native ones"
         return f"ONNX Runtime's products; the bundle's native ones are not used: {native.unused()}"
 
     @on_worker
-    def _open(self, device: int) -> None:
-        self._gpu = cuda.Gpu(device)
+    def _open(self) -> None:
+        self._gpu = cuda.Gpu(self._device)
         with self._gpu.current():
             # What a plain run of one document uses, so that the first one is not slower than the others.
             for key in (self._key("full", "none", 1), self._key("step", "last", 1)):
