@@ -14,7 +14,7 @@ from rmt_trt.benchmarks.candidates import GROUP_NAMES, LARGER_BATCH, Candidate, 
 from rmt_trt.benchmarks.command_line import shown
 from rmt_trt.benchmarks.compare import Segments, beside, require_right
 from rmt_trt.benchmarks.endurance import drift, growth
-from rmt_trt.benchmarks.limits import limits, step_flops
+from rmt_trt.benchmarks.limits import limits, needed_flops, step_flops
 from rmt_trt.benchmarks.machine import Meters, describe
 from rmt_trt.benchmarks.many import ManyOptions, lengths, many
 from rmt_trt.benchmarks.ours import (
@@ -129,6 +129,7 @@ def _head(prepared: Prepared, plan: Plan, runtime: RMTRuntime) -> dict[str, Any]
             "positions": config.positions,
             "parameters": sum(parameter.numel() for parameter in prepared.model.parameters()),
             "flops_per_segment": step_flops(config),
+            "needed_flops_per_segment": needed_flops(config),
         },
         "plan": asdict(plan),
     }

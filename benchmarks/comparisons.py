@@ -55,8 +55,9 @@ def peers(rows: Sequence[Row]) -> Section:
 
 def steps(head: dict[str, Any], rows: Sequence[Row]) -> Section:
     """Every step that ran, with its spread, and shares of what the machine can do."""
-    flops = head.get("model", {}).get("flops_per_segment", 0)
-    dtype = head.get("model", {}).get("dtype")
+    model = head.get("model", {})
+    flops = model.get("needed_flops_per_segment", model.get("flops_per_segment", 0))  # the second: older results
+    dtype = model.get("dtype")
     peak = next(
         (row.values["flops_per_second"] for row in rows if row.name == f"{MATRIX} {dtype}" and not row.failed), None
     )
@@ -82,7 +83,9 @@ def steps(head: dict[str, Any], rows: Sequence[Row]) -> Section:
     )  # fmt: skip
     note = (
         "error: relative L2 distance of the memory after 4 segments from the fp32 step's. Once a run: what a run of one segment "
-        "takes beyond a step, its answer's head included."
+        "takes beyond a step, its answer's head included. Of matrix rate: the arithmetic that the new memory needs, the same for "
+        "ours and peers, by the step's time and the rate of a large matrix product; of the last layer that is keys and values, "
+        "and the memory's rows. Peers compute all of its rows."
     )
     return Section("Steps", columns, found, note)
 

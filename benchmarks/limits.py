@@ -62,15 +62,29 @@ def step_flops(config: ModelConfig) -> int:
     which a causal layer needs (P + 1) / 2P (Kaplan et al. 2020, arXiv 2001.08361, table 1, with the attention's P^2 written out).
     Embeddings, norms and activations are left out.
     """
+    return _layers(config) * _layer_flops(config, config.positions)
+
+
+def needed_flops(config: ModelConfig) -> int:
+    """Those of them that the new memory needs: of the last layer's P rows the keys and values, and all else for the M that
+    memory is written in."""
+    return (_layers(config) - 1) * _layer_flops(config, config.positions) + _layer_flops(config, config.num_memory)
+
+
+def _layer_flops(config: ModelConfig, rows: int) -> int:
+    """A layer's, of which so many rows are read, in a decoder its last."""
     backbone, positions, d = config.backbone, config.positions, config.width
-    layers = _first(backbone, ("num_hidden_layers", "n_layer", "n_layers"), 12)
     heads = _first(backbone, ("num_attention_heads", "n_head", "n_heads"), 12)
     inner = _first(backbone, ("intermediate_size", "n_inner", "hidden_dim"), 4 * d)
     key_value = d * _first(backbone, ("num_key_value_heads",), heads) // heads
     gated = backbone["model_type"] in ("llama", "mistral", "qwen2", "qwen3")
-    products = 2 * positions * d * (2 * d + 2 * key_value) + 2 * positions * d * inner * (3 if gated else 2)
-    pairs = positions * positions if config.form == "encoder" else positions * (positions + 1) // 2
-    return layers * (products + 4 * pairs * d)
+    products = 4 * positions * d * key_value + 4 * rows * d * d + 2 * rows * d * inner * (3 if gated else 2)
+    hidden = 0 if config.form == "encoder" else rows * (rows - 1) // 2
+    return products + 4 * (rows * positions - hidden) * d
+
+
+def _layers(config: ModelConfig) -> int:
+    return _first(config.backbone, ("num_hidden_layers", "n_layer", "n_layers"), 12)
 
 
 def _first(config: dict[str, Any], names: tuple[str, ...], default: int) -> int:

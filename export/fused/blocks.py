@@ -170,20 +170,27 @@ def packed_attention(
 
 
 def separate_attention(
-    graph: Graph, value: ir.Value, layer: Layer, backbone: Backbone, name: Names, lengths: ir.Value | None, causal: bool
-) -> ir.Value:
+    graph: Graph, value: ir.Value, layer: Layer, backbone: Backbone, name: Names, lengths: ir.Value | None, causal: bool,
+    queries: ir.Value | None = None,
+) -> ir.Value:  # fmt: skip
     """The same out of three products, without a copy of what they give: for large batches, where that copy takes longer
-    than three products instead of one.
+    than three products instead of one. queries: the rows that attention is computed for; None takes all.
 
     Two biases need not be added. The key's moves all scores of a query alike, which softmax does not see. The value's
     comes out of attention as it is, since the weights of a query sum to 1: `out_bias` has it.
     """
-    query = linear(graph, value, layer.query, name("query"))
+    query = linear(graph, value if queries is None else queries, layer.query, name("query"))
     key, content = (product(graph, value, part, name(n)) for part, n in ((layer.key, "key"), (layer.value, "value")))
     return graph.node(
         "MultiHeadAttention", query, key, content, None, lengths,
         domain=MICROSOFT, fused="attention", num_heads=backbone.heads, unidirectional=int(causal),
     )  # fmt: skip
+
+
+def asks_few(lengths: ir.Value | None) -> bool:
+    """Whether attention may be given fewer queries than keys: where nothing is masked, which each of ONNX Runtime's kernels
+    takes as cross-attention. With lengths it depends on the kernel."""
+    return lengths is None
 
 
 def out_bias(layer: Layer, separate: bool) -> torch.Tensor | None:

@@ -2,6 +2,10 @@
 
 Two roles. "full": every row has S tokens. "step": rows of 0 to S tokens, filled up with -1, laid out as
 `[memory | n tokens | memory | padding]` by one gather; causality hides what follows, so nothing is masked.
+
+Where no head reads all of the text, the last layer computes behind attention only the written memory's rows and the text's
+last one, which stands before them: that one without a head too, so that memory is rounded alike. Attention takes all queries:
+of fewer than keys, its kernels differ in which ones causality hides.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ from rmt_trt.contract import LOGITS, StepSpec
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
+from rmt_trt.export.fused.kept import Kept, rows_from, rows_of
 from rmt_trt.export.fused.layers import Backbone, Linear
 from rmt_trt.export.fused.memory import hand_on, inputs, text_counts
 from rmt_trt.export.fused.native import Native
 from rmt_trt.export.fused.native_decoder import decoder_layers, takes_groups
 from rmt_trt.model.config import ModelConfig
 from rmt_trt.runtime.signature import LOGLIK
+
+WHOLE_TEXT = ("all", "loglik")  # heads that read all rows of the text
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +63,26 @@ def decoder_step(
     if takes_groups(graph, native, backbone):
         batch = graph.node("Shape", segment, start=0, end=1)
         last = graph.node("Expand", graph.constant([layout.length - 1], np.int32), batch)
+    tail = rows_from(graph, layout.text if count is None else count, layout.memory - 1, layout.memory + 1)
+    kept = None if head in WHOLE_TEXT else tail
     if native is None:
-        value = _layers(graph, backbone, layout, rows, last, separate)
+        value = _layers(graph, backbone, layout, rows, last, separate, kept)
     else:
-        value = decoder_layers(graph, native, backbone, layout.length, rows, last, separate)
+        value = decoder_layers(graph, native, backbone, layout.length, rows, last, separate, kept)
 
-    written = graph.to_float(_span(graph, value, layout, layout.memory, layout.memory))
+    ends = value if kept is not None else tail.rows(graph, value)
+    written = graph.to_float(graph.slice(ends, 1, 1 + layout.memory))
     alive = None if count is None else graph.node("Greater", count, graph.constant(0))
     hand_on(graph, spec, written, memory, alive)
-    _head(graph, spec, backbone, layout, value, segment, head)
+    _head(graph, spec, backbone, layout, value, ends, segment, head)
 
 
 def _layers(
-    graph: Graph, backbone: Backbone, layout: Layout, rows: ir.Value, last: ir.Value | None, separate: bool
-) -> ir.Value:
-    """(batch, L, d) after the final norm. Every norm adds the residual that comes before it."""
+    graph: Graph, backbone: Backbone, layout: Layout, rows: ir.Value, last: ir.Value | None, separate: bool,
+    kept: Kept | None,
+) -> ir.Value:  # fmt: skip
+    """(batch, L, d) after the final norm, or (batch, K, d) of the K rows that are kept of the last layer. Every norm adds the
+    residual that comes before it."""
     total = rows
     value = blocks.norm(graph, rows, backbone.layers[0].norm1, "layer0.norm1")
     for number, layer in enumerate(backbone.layers):
@@ -80,6 +92,9 @@ def _layers(
             mixed = attention(graph, value, layer, backbone, name, None, causal=True)
         else:
             mixed = blocks.rotary_attention(graph, value, layer, backbone, name, layout.length, last)
+        following = number + 1 < len(backbone.layers)
+        if not following:
+            mixed, total = (rows_of(graph, kept, part) for part in (mixed, total))
         mixed = blocks.product(graph, mixed, layer.out, name("out"))
         bias = blocks.out_bias(layer, separate)
         if backbone.parallel:
@@ -91,7 +106,6 @@ def _layers(
             added = blocks.bias(graph, name(f"out.bias.{separate:d}"), bias)
             value, total = blocks.skip_norm(graph, mixed, total, added, layer.norm2, name("norm2"), total=True)
             mixed, bias = blocks.mlp(graph, value, layer, backbone.activation, name), layer.down.bias
-        following = number + 1 < len(backbone.layers)
         after, after_name = backbone.final_norm, "final_norm"
         if following:
             after, after_name = backbone.layers[number + 1].norm1, f"layer{number + 1}.norm1"
@@ -118,29 +132,19 @@ def _rows(graph: Graph, backbone: Backbone, layout: Layout, memory: ir.Value, se
             "Where", graph.node("Less", place, end), place,
             graph.node("Where", graph.node("Less", place, behind), write, padding),
         )  # fmt: skip
-        rows = _gather(graph, rows, source)
+        rows = graph.node("GatherND", rows, graph.node("Unsqueeze", source, graph.constant([2])), batch_dims=1)
     if backbone.positions is not None:
         rows = graph.node("Add", rows, graph.weight("positions", backbone.positions))
     return rows
 
 
-def _gather(graph: Graph, value: ir.Value, places: ir.Value) -> ir.Value:
-    """Rows (batch, k, d) of value (batch, L, d) at places (batch, k)."""
-    return graph.node("GatherND", value, graph.node("Unsqueeze", places, graph.constant([2])), batch_dims=1)
-
-
-def _span(graph: Graph, value: ir.Value, layout: Layout, start: int, size: int) -> ir.Value:
-    """(batch, size, d): `size` rows from `start` places behind the text's first token plus its length on."""
-    if layout.count is None:
-        return graph.slice(value, layout.text + start, layout.text + start + size)
-    return _gather(graph, value, graph.node("Add", layout.count, graph.constant(np.arange(start, start + size)[None])))
-
-
 def _head(
-    graph: Graph, spec: StepSpec, backbone: Backbone, layout: Layout, value: ir.Value, segment: ir.Value, head: str
-) -> None:
-    """The outputs behind the states. "loglik" gives, beside the last row's logits, (batch, S) float32: at place t the
-    log-likelihood of token t + 1; the last place, and those of padding, mean nothing."""
+    graph: Graph, spec: StepSpec, backbone: Backbone, layout: Layout, value: ir.Value, ends: ir.Value, segment: ir.Value,
+    head: str,
+) -> None:  # fmt: skip
+    """The outputs behind the states. ends: the text's last row, then the written memory. "loglik" gives, beside the last row's
+    logits, (batch, S) float32: at place t the log-likelihood of token t + 1; the last place, and those of padding, mean
+    nothing."""
     if head == "none":
         return
     matrix = backbone.head[0][0]
@@ -149,7 +153,7 @@ def _head(
         logits = graph.to_float(blocks.linear(graph, text, matrix, "head"))
         graph.output(logits, LOGITS, ir.DataType.FLOAT, ("batch", layout.text, spec.num_logits))
         return
-    last = graph.node("Squeeze", _span(graph, value, layout, layout.memory - 1, 1), graph.constant([1]))
+    last = graph.node("Gather", ends, graph.constant(0), axis=1)
     logits = graph.to_float(blocks.linear(graph, last, matrix, "head"))
     graph.output(logits, LOGITS, ir.DataType.FLOAT, ("batch", spec.num_logits))
     if head == "loglik":

@@ -5,6 +5,9 @@ which saves copies, and each has the position of the published order.
 
 Two roles. "full": every row has S tokens, nothing is masked. "step": rows of 0 to S tokens, filled up with -1; the
 special tokens stand right behind a row's own text and attention ends there.
+
+Of the last layer only the memory's rows are read, and by a head the first row of the published order: for the others nothing
+is computed behind attention, and where nothing is masked and queries have a product of their own, no queries.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from rmt_trt.contract import LOGITS, StepSpec
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
-from rmt_trt.export.fused.layers import Backbone
+from rmt_trt.export.fused.kept import Kept, rows_of
+from rmt_trt.export.fused.layers import Backbone, Layer
 from rmt_trt.export.fused.memory import hand_on, inputs, text_counts
 from rmt_trt.export.fused.native import Native, encoder_layers
 from rmt_trt.model.config import ModelConfig
@@ -44,24 +48,28 @@ def encoder_step(
     assert embedding_norm is not None
     positions = _positions(graph, config, backbone)
     value = blocks.skip_norm(graph, rows, positions, None, embedding_norm, "embedding_norm")[0]
+    kept = Kept(max(config.num_memory, _first(config) + 1), 0)  # of every head, so that memory is rounded alike
     if native is None:
-        value = _layers(graph, value, backbone, lengths, separate)
+        value = _layers(graph, value, backbone, lengths, separate, kept)
     else:
-        value = encoder_layers(graph, native, value, backbone, lengths, separate)
+        value = encoder_layers(graph, native, value, backbone, lengths, separate, kept)
 
-    written = graph.to_float(graph.slice(value, 0, config.num_memory))
+    written = value if kept.size == config.num_memory else graph.slice(value, 0, config.num_memory)
+    written = graph.to_float(written)
     alive = None if count is None else graph.node("Greater", count, graph.constant(0, np.int32))
     hand_on(graph, spec, written, memory, alive)
     if head != "none":
         graph.output(_classes(graph, config, value, backbone), LOGITS, ir.DataType.FLOAT, ("batch", spec.num_logits))
 
 
-def _layers(graph: Graph, value: ir.Value, backbone: Backbone, lengths: ir.Value | None, separate: bool) -> ir.Value:
-    """(batch, L, d) -> (batch, L, d)"""
+def _layers(
+    graph: Graph, value: ir.Value, backbone: Backbone, lengths: ir.Value | None, separate: bool, kept: Kept
+) -> ir.Value:
+    """(batch, L, d) -> (batch, K, d): the K rows that are kept of the last layer."""
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
-        attention = blocks.separate_attention if separate else blocks.packed_attention
-        mixed = attention(graph, value, layer, backbone, name, lengths, causal=False)
+        few = kept if number + 1 == len(backbone.layers) else None
+        mixed, value = _attention(graph, value, layer, backbone, name, lengths, separate, few)
         mixed = blocks.product(graph, mixed, layer.out, name("out"))
         bias = blocks.bias(graph, name(f"out.bias.{separate:d}"), blocks.out_bias(layer, separate))
         value = blocks.skip_norm(graph, mixed, value, bias, layer.norm1, name("norm1"))[0]
@@ -69,6 +77,19 @@ def _layers(graph: Graph, value: ir.Value, backbone: Backbone, lengths: ir.Value
         bias = blocks.bias(graph, name("down.bias"), layer.down.bias)
         value = blocks.skip_norm(graph, inner, value, bias, layer.norm2, name("norm2"))[0]
     return value
+
+
+def _attention(
+    graph: Graph, value: ir.Value, layer: Layer, backbone: Backbone, name: Names, lengths: ir.Value | None, separate: bool,
+    kept: Kept | None,
+) -> tuple[ir.Value, ir.Value]:  # fmt: skip
+    """What attention gives for the kept rows, or for all, and these rows."""
+    residual = rows_of(graph, kept, value)
+    if separate and blocks.asks_few(lengths):
+        mixed = blocks.separate_attention(graph, value, layer, backbone, name, lengths, causal=False, queries=residual)
+        return mixed, residual
+    attention = blocks.separate_attention if separate else blocks.packed_attention
+    return rows_of(graph, kept, attention(graph, value, layer, backbone, name, lengths, causal=False)), residual
 
 
 def _lengths(graph: Graph, config: ModelConfig, count: ir.Value) -> ir.Value:
@@ -123,10 +144,14 @@ def _ids(graph: Graph, config: ModelConfig, spec: StepSpec, segment: ir.Value, c
 
 def _classes(graph: Graph, config: ModelConfig, value: ir.Value, backbone: Backbone) -> ir.Value:
     """(batch, c) float32: the head over the first row of the published order."""
-    first = config.num_memory if config.prefix_ids else 0
-    row = graph.node("Gather", value, graph.constant(first), axis=1)
+    row = graph.node("Gather", value, graph.constant(_first(config)), axis=1)
     for number, (matrix, kind) in enumerate(backbone.head):
         row = blocks.linear(graph, row, matrix, f"head{number}")
         if kind != "none":
             row = blocks.activation(graph, row, kind)
     return graph.to_float(row)
+
+
+def _first(config: ModelConfig) -> int:
+    """Where the first row of the published order stands."""
+    return config.num_memory if config.prefix_ids else 0

@@ -16,6 +16,7 @@ import torch
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import LARGEST, MICROSOFT, Graph
+from rmt_trt.export.fused.kept import Kept, rows_of
 from rmt_trt.export.fused.layers import EXACT_GELU, TANH_GELU, Backbone, Layer, Linear, Norm
 from rmt_trt.runtime.native import DOMAIN
 
@@ -158,17 +159,24 @@ def skip_norm(
 
 
 def encoder_layers(
-    graph: Graph, native: Native, value: ir.Value, backbone: Backbone, lengths: ir.Value | None, separate: bool
+    graph: Graph,
+    native: Native,
+    value: ir.Value,
+    backbone: Backbone,
+    lengths: ir.Value | None,
+    separate: bool,
+    kept: Kept,
 ) -> ir.Value:
-    """(batch, L, d) -> (batch, L, d) through all layers. separate: query, key and value by three products, which FP8
-    always takes."""
+    """(batch, L, d) -> (batch, K, d) through all layers, of the last one the K rows that are kept. separate: query, key
+    and value by three products, which FP8 always takes."""
     low: Rounded | None = None
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
         threshold = native.threshold(name("qkv"))
         if threshold is not None and low is None:
             low = rounded(graph, value, threshold)
-        mixed, bias = _attention(graph, native, value, low, layer, backbone, name, lengths, separate)
+        few = kept if number + 1 == len(backbone.layers) else None
+        mixed, bias, value = _attention(graph, native, value, low, layer, backbone, name, lengths, separate, few)
         value, low = skip_norm(
             graph, native, mixed, value, bias, layer.norm1, name("norm1"), native.threshold(name("up"))
         )
@@ -180,30 +188,47 @@ def encoder_layers(
 
 def _attention(
     graph: Graph, native: Native, value: ir.Value, low: Rounded | None, layer: Layer, backbone: Backbone, name: Names,
-    lengths: ir.Value | None, separate: bool,
-) -> tuple[ir.Value, ir.Value | None]:  # fmt: skip
-    """Attention and its last product, and the bias that is still to be added."""
-    folded = False
-    if low is not None and native.packed and lengths is None:
+    lengths: ir.Value | None, separate: bool, kept: Kept | None,
+) -> tuple[ir.Value, ir.Value | None, ir.Value]:  # fmt: skip
+    """Attention and its last product for the kept rows, or for all, the bias that is still to be added, and these rows."""
+    residual = rows_of(graph, kept, value)
+    apart = low is not None or (native.qkv and separate)
+    packed = low is not None and native.packed and lengths is None
+    few = (separate or apart) and not packed and blocks.asks_few(lengths)
+    queries, folded = residual if few else value, False
+    if low is not None and packed:
         mixed = _packed_attention(graph, native, low, layer, backbone, name)
-    elif low is not None or (native.qkv and separate):
-        parts = ((layer.query, "query"), (layer.key, "key"), (layer.value, "value"))
-        inputs = [linear(graph, native, low or value, part, name(n)) for part, n in parts]
-        mixed = graph.node(
-            "MultiHeadAttention", *inputs, None, lengths,
-            domain=MICROSOFT, fused="attention", num_heads=backbone.heads,
-        )  # fmt: skip
+    elif apart:
+        mixed = _apart_attention(graph, native, value, low, queries, layer, backbone, name, lengths)
+    elif separate:
+        mixed, folded = blocks.separate_attention(graph, value, layer, backbone, name, lengths, False, queries), True
     else:
-        attention = blocks.separate_attention if separate else blocks.packed_attention
-        mixed, folded = attention(graph, value, layer, backbone, name, lengths, causal=False), separate
+        mixed = blocks.packed_attention(graph, value, layer, backbone, name, lengths, causal=False)
+    mixed = mixed if few else rows_of(graph, kept, mixed)
     matrix = Linear(layer.out.weight, blocks.out_bias(layer, folded))
     threshold = native.threshold(name("out"))
     if threshold is not None or native.out:
         given = mixed if threshold is None else rounded(graph, mixed, threshold)
-        return linear(graph, native, given, matrix, name("out"), f"bias.{folded:d}"), None
-    return blocks.product(graph, mixed, layer.out, name("out")), blocks.bias(
-        graph, name(f"out.bias.{folded:d}"), matrix.bias
-    )
+        return linear(graph, native, given, matrix, name("out"), f"bias.{folded:d}"), None, residual
+    bias = blocks.bias(graph, name(f"out.bias.{folded:d}"), matrix.bias)
+    return blocks.product(graph, mixed, layer.out, name("out")), bias, residual
+
+
+def _apart_attention(
+    graph: Graph, native: Native, value: ir.Value, low: Rounded | None, queries: ir.Value, layer: Layer,
+    backbone: Backbone, name: Names, lengths: ir.Value | None,
+) -> ir.Value:  # fmt: skip
+    """Attention over three products of our own. queries: the rows that it is computed for, in the graph's dtype."""
+    given, asked = low or value, low or queries
+    threshold = native.threshold(name("qkv"))
+    if queries is not value and threshold is not None:
+        asked = rounded(graph, queries, threshold)  # ONNX's Slice takes no FP8
+    parts = ((asked, layer.query, "query"), (given, layer.key, "key"), (given, layer.value, "value"))
+    inputs = [linear(graph, native, rows, part, name(n)) for rows, part, n in parts]
+    return graph.node(
+        "MultiHeadAttention", *inputs, None, lengths,
+        domain=MICROSOFT, fused="attention", num_heads=backbone.heads,
+    )  # fmt: skip
 
 
 def _packed_attention(

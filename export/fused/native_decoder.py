@@ -12,6 +12,7 @@ import torch
 from rmt_trt.export.fused import blocks
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import LARGEST, MICROSOFT, Graph
+from rmt_trt.export.fused.kept import Kept, rows_of
 from rmt_trt.export.fused.layers import SILU, Backbone, CannotFuse, Layer, Linear
 from rmt_trt.export.fused.native import Native, Rounded, bias_of, linear, low_product, mlp, product, rounded
 from rmt_trt.runtime.native import DOMAIN
@@ -20,10 +21,12 @@ HEADS, GATES = 16, 8  # heads' sizes, and widths of gated MLPs, are multiples of
 
 
 def decoder_layers(
-    graph: Graph, native: Native, backbone: Backbone, length: int, rows: ir.Value, last: ir.Value | None, separate: bool
-) -> ir.Value:
-    """(batch, L, d) -> (batch, L, d) after the final norm. last: as `blocks.rotary_attention`, where `takes_groups`.
-    separate: query, key and value by three products, where there are no rotary positions.
+    graph: Graph, native: Native, backbone: Backbone, length: int, rows: ir.Value, last: ir.Value | None, separate: bool,
+    kept: Kept | None,
+) -> ir.Value:  # fmt: skip
+    """(batch, L, d) -> (batch, L, d) after the final norm, or (batch, K, d) of the K rows that are kept of the last layer.
+    last: as `blocks.rotary_attention`, where `takes_groups`. separate: query, key and value by three products, where
+    there are no rotary positions.
 
     Errors: CannotFuse, for layers whose attention and MLP read one and the same residual.
     """
@@ -32,14 +35,16 @@ def decoder_layers(
     value = blocks.norm(graph, rows, backbone.layers[0].norm1, "layer0.norm1")
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
-        mixed, bias = _attention(graph, native, value, layer, backbone, name, length, last, separate)
+        following = number + 1 < len(backbone.layers)
+        few = None if following else kept
+        mixed, bias = _attention(graph, native, value, layer, backbone, name, length, last, separate, few)
+        total = rows_of(graph, few, total)
         value, total = blocks.skip_norm(graph, mixed, total, bias, layer.norm2, name("norm2"), total=True)
         if layer.gate is None:
             low = _low(graph, native, value, name("up"))
             mixed, bias = mlp(graph, native, value, low, layer, backbone.activation, name)
         else:
             mixed, bias = _gated(graph, native, value, layer, backbone, name)
-        following = number + 1 < len(backbone.layers)
         after, after_name = backbone.final_norm, "final_norm"
         if following:
             after, after_name = backbone.layers[number + 1].norm1, f"layer{number + 1}.norm1"
@@ -84,9 +89,9 @@ def _low(graph: Graph, native: Native, value: ir.Value, product: str) -> Rounded
 
 def _attention(
     graph: Graph, native: Native, value: ir.Value, layer: Layer, backbone: Backbone, name: Names, length: int,
-    last: ir.Value | None, separate: bool,
+    last: ir.Value | None, separate: bool, kept: Kept | None,
 ) -> tuple[ir.Value, ir.Value | None]:  # fmt: skip
-    """Attention and its last product, and the bias that is still to be added."""
+    """Attention and its last product, for the kept rows or for all, and the bias that is still to be added."""
     low, folded = _low(graph, native, value, name("qkv")), False
     if backbone.rotary is not None:
         mixed = _rotary_attention(graph, native, value, low, layer, backbone, name, length, last)
@@ -97,6 +102,7 @@ def _attention(
     else:
         attention = blocks.separate_attention if separate else blocks.packed_attention
         mixed, folded = attention(graph, value, layer, backbone, name, None, causal=True), separate
+    mixed = rows_of(graph, kept, mixed)
     matrix = Linear(layer.out.weight, blocks.out_bias(layer, folded))
     rounded_mixed = _low(graph, native, mixed, name("out"))
     if rounded_mixed is not None or native.out:
