@@ -157,7 +157,7 @@ int gpu_skip_layer_norm(Lane **held, void *stream, int type, const void *const i
     }
     pthread_mutex_lock(&gpu_lock);
     int code = entered(held, stream, why);
-    if (!code && !rounded && (*held)->capability == 90 && width <= 2048) {
+    if (!code && !rounded && (*held)->capability == 90 && width <= WIDEST) {
         code = hopper_norm(*held, type, in, out, sums, rows, width, epsilon, why);
         pthread_mutex_unlock(&gpu_lock);
         return code;

@@ -49,6 +49,15 @@ int gpu_silu_mul(Lane **lane, void *stream, int type, const void *in, void *out,
                  int64_t width, float inverse, char *why);
 int gpu_rotary(Lane **lane, void *stream, int type, const void *const in[3], void *const out[3], int64_t rows,
                const Heads *heads, char *why);
+/* The rows of a step: documents x length of them, put together from `texts` tokens and `memories` rows of a document, out of
+ * a table of `words`. in: memory, segment, frame, word, positions, gamma, beta. */
+typedef struct {
+    int64_t documents;
+    int length, texts, memories, words, width;
+} Frame;
+
+int gpu_embed(Lane **lane, void *stream, int type, const void *const in[7], void *out, void *rows, const Frame *frame,
+              float epsilon, char *why);
 void gpu_release(Lane *lane);
 
 #endif

@@ -8,11 +8,11 @@
 #include "lane.h"
 #include "ort.h"
 
-enum { DEEP = 64, HEAD = 64, KEYS = 64, RING = 8, SHARERS = 2 }; /* as in hopper.cu: k and keys of a tile; STAGES, GROUPS */
+enum { DEEP = 64, HEAD = 64, KEYS = 64, RING = 2, SHARERS = 4 }; /* k and keys of a tile; attention's STAGES and GROUPS */
 
 /* What a kernel is compiled with. */
 typedef struct {
-    int product, attention, norm, bfloat, rows, columns, stages, gelu, groups, causal, vectors;
+    int product, attention, norm, embed, bfloat, rows, columns, stages, gelu, groups, causal, vectors;
 } Macros;
 
 struct Kernel {
@@ -24,7 +24,7 @@ struct Kernel {
 /* Tiles of a product, and what they took on an H200, in nanoseconds: a step of 64 of k, and what comes behind the steps. */
 static const struct {
     int rows, columns, stages, step, behind;
-} TILES[] = {{64, 64, 8, 155, 500}, {64, 96, 6, 185, 700}, {128, 96, 6, 275, 900}, {128, 128, 6, 320, 1150}};
+} TILES[] = {{64, 64, 8, 155, 500}, {64, 96, 6, 185, 700}, {128, 96, 6, 275, 900}, {128, 128, 5, 320, 1150}};
 enum { TILES_COUNT = sizeof TILES / sizeof *TILES };
 
 static int compiled_for(Lane *lane, const Macros *macros, unsigned shared, void **function, char *why) {
@@ -38,6 +38,7 @@ static int compiled_for(Lane *lane, const Macros *macros, unsigned shared, void 
         const char *name;
         int value;
     } defined[] = {{"PRODUCT", macros->product}, {"ATTENTION", macros->attention}, {"NORM", macros->norm},
+                   {"EMBED", macros->embed},
                    {"BFLOAT", macros->bfloat},   {"ROWS", macros->rows},           {"COLUMNS", macros->columns},
                    {"STAGES", macros->stages},   {"GELU", macros->gelu},           {"GROUPS", macros->groups},
                    {"CAUSAL", macros->causal},   {"VECTORS", macros->vectors}};
@@ -126,7 +127,7 @@ int hopper_product(Lane *lane, const Product *p, const Operands *at, char *why) 
     int tile = tiles_for(lane, p->m, p->n, p->k), rows = TILES[tile].rows, columns = TILES[tile].columns;
     const Macros macros = {.product = 1, .bfloat = p->type == ORT_BFLOAT16, .rows = rows, .columns = columns,
                            .stages = TILES[tile].stages, .gelu = p->gelu};
-    unsigned shared = (unsigned)(1024 + macros.stages * (rows + columns) * DEEP * 2), box = columns % 64 ? 32 : 64;
+    unsigned shared = (unsigned)(1024 + macros.stages * (rows + columns) * DEEP * 2 + rows * (columns * 2 + 16)), box = columns % 64 ? 32 : 64;
     void *function;
     TensorMap x, w;
     const uint64_t x_sizes[] = {(uint64_t)p->k, (uint64_t)p->m}, w_sizes[] = {(uint64_t)p->n, (uint64_t)p->k};
@@ -139,6 +140,15 @@ int hopper_product(Lane *lane, const Product *p, const Operands *at, char *why) 
     void *arguments[] = {&x, &w, (void *)&at->bias, (void *)&at->out, &m, &n, &k};
     const int64_t grid[] = {over(n, columns), over(m, rows), 1};
     return started(lane, function, grid, (unsigned)(rows / 64 * 128 + 32), shared, arguments, why);
+}
+
+/* The lane of a stream, on a GPU that these kernels are for. */
+static int hopper(Lane **held, void *stream, char *why) {
+    if (entered(held, stream, why)) return -1;
+    if ((*held)->capability == 90) return 0;
+    snprintf(why, WHY, "this kernel needs compute capability 9.0; this GPU has %d.%d", (*held)->capability / 10,
+             (*held)->capability % 10);
+    return -1;
 }
 
 int hopper_norm(Lane *lane, int type, const void *const in[4], void *out, void *sums, int64_t rows, int64_t width,
@@ -155,6 +165,31 @@ int hopper_norm(Lane *lane, int type, const void *const in[4], void *out, void *
     return started(lane, function, grid, 128, 0, arguments, why);
 }
 
+int gpu_embed(Lane **held, void *stream, int type, const void *const in[7], void *out, void *rows, const Frame *frame,
+              float epsilon, char *why) {
+    if (frame->width % 8 || frame->width > WIDEST) {
+        snprintf(why, WHY, "rows of %d values; expected a multiple of 8, %d at most", frame->width, WIDEST);
+        return -1;
+    }
+    pthread_mutex_lock(&gpu_lock);
+    const Macros macros = {.embed = 1, .bfloat = type == ORT_BFLOAT16, .vectors = (int)over(frame->width, 256)};
+    void *function;
+    int code = hopper(held, stream, why);
+    if (!code) code = compiled_for(*held, &macros, 0, &function, why);
+    if (!code && frame->documents * frame->length > INT_MAX) code = fail(why, "more rows than a step takes", 0);
+    if (!code) {
+        int documents = (int)frame->documents, length = frame->length, texts = frame->texts, memories = frame->memories,
+            words = frame->words, width = frame->width;
+        void *arguments[] = {(void *)&in[0], (void *)&in[1], (void *)&in[2], (void *)&in[3], (void *)&in[4], (void *)&in[5],
+                             (void *)&in[6], &out,           &rows,          &documents,     &length,        &texts,
+                             &memories,      &words,         &width,         &epsilon};
+        const int64_t grid[] = {over((int64_t)documents * length, 4), 1, 1};
+        code = started(*held, function, grid, 128, 0, arguments, why);
+    }
+    pthread_mutex_unlock(&gpu_lock);
+    return code;
+}
+
 int gpu_attention(Lane **held, void *stream, int type, const void *rows, const int *lengths, void *out,
                   const Attention *shape, char *why) {
     if (shape->size != HEAD) {
@@ -164,17 +199,12 @@ int gpu_attention(Lane **held, void *stream, int type, const void *rows, const i
     pthread_mutex_lock(&gpu_lock);
     const Macros macros = {.attention = 1, .bfloat = type == ORT_BFLOAT16, .stages = RING, .groups = SHARERS,
                            .causal = shape->causal};
-    unsigned shared = 1024 + (KEYS + 2 * RING * KEYS) * HEAD * 2;
+    unsigned shared = 1024 + (KEYS + 2 * RING * SHARERS * KEYS) * HEAD * 2;
     TensorMap map;
     const uint64_t sizes[] = {3 * (uint64_t)shape->heads * HEAD, (uint64_t)shape->length, (uint64_t)shape->documents};
     const unsigned box[] = {HEAD, KEYS, 1};
     void *function;
-    int code = entered(held, stream, why);
-    if (!code && (*held)->capability != 90) {
-        snprintf(why, WHY, "this attention needs compute capability 9.0; this GPU has %d.%d", (*held)->capability / 10,
-                 (*held)->capability % 10);
-        code = -1;
-    }
+    int code = hopper(held, stream, why);
     if (!code) code = compiled_for(*held, &macros, shared, &function, why);
     if (!code) code = mapped(&map, type, 3, rows, sizes, box, SWIZZLE_128B, why);
     if (!code) {
@@ -182,7 +212,7 @@ int gpu_attention(Lane **held, void *stream, int type, const void *rows, const i
         float scale = 0.125f * 1.44269504f; /* 1 / sqrt(HEAD), log2(e) */
         void *arguments[] = {&map, &lengths, &out, &asked, &length, &scale};
         const int64_t grid[] = {over(asked, 64), shape->heads, shape->documents};
-        code = started(*held, function, grid, SHARERS * 128 + 32, shared, arguments, why);
+        code = started(*held, function, grid, SHARERS * 128, shared, arguments, why);
     }
     pthread_mutex_unlock(&gpu_lock);
     return code;

@@ -1,5 +1,6 @@
-// Kernels for compute capability 9.0 (Hopper): products of few rows, attention over heads of 64, norms. NVRTC compiles each with its
-// sizes as macros, for sm_90a, when it is first run; BFLOAT says which half. PRODUCT, ATTENTION or NORM names the one that is wanted.
+// Kernels for compute capability 9.0 (Hopper): products of few rows, attention over heads of 64, norms, a step's
+// first rows. NVRTC compiles each with its sizes as macros, for sm_90a, when it is first run; BFLOAT says which half. PRODUCT, ATTENTION,
+// NORM or EMBED names the one that is wanted.
 //
 // They are launched as programmatic dependents: a kernel starts while the one before still runs, brings what does not depend on it
 // (weights, biases), and waits (griddepcontrol.wait) before it touches anything else.
@@ -125,7 +126,8 @@ static __device__ __forceinline__ float activated(float x) {
 #if GELU
     float t, u = x * (0.7978845608f + 0.0356774081f * x * x);
     asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(u));
-    return 0.5f * x * (1.0f + t);
+    x *= 0.5f;
+    return x + x * t;
 #else
     return x;
 #endif
@@ -191,10 +193,9 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
     }
     await_products<0>();
 
-    // All tiles are used: their place takes the result, from where whole rows are written.
-    asm volatile("bar.sync 2, %0;" ::"n"(WORKERS) : "memory");
+    // Behind the ring is a place for the result, from where whole rows are written.
     int first = warp * 16;
-    u32 own = base + (first + lane / 4) * PITCH + lane % 4 * 4;
+    u32 made = base + STAGES * (X_BYTES + W_BYTES), own = made + (first + lane / 4) * PITCH + lane % 4 * 4;
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j++) {
         u32 both = *(const u32 *)(biases + j * 8 + lane % 4 * 2);
@@ -211,15 +212,16 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
         uint4 v;
         asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(base + y * PITCH + c * 2));
+                     : "r"(made + y * PITCH + c * 2));
         if (row + y < m && column + c < n) *(uint4 *)(out + (u64)(row + y) * n + column + c) = v;
     }
 }
 #endif
 
 #if ATTENTION
-// Attention over heads of 64. A block takes 64 queries of a head; one warp brings tiles of 64 keys and their values, GROUPS warpgroups
-// take them in turn, and put together what they found. While a tile's scores become weights, the values of the one before are summed.
+// Attention over heads of 64. A block takes 64 queries of a head; its GROUPS warpgroups take tiles of 64 keys and their values in turn,
+// each by TMA into a ring of STAGES of its own, and put together what they found. While a tile's scores become weights, the values of
+// the one before are summed.
 #define SIDE 8192 // bytes of 64 rows of a head
 #define WORKERS (GROUPS * 128)
 #define NONE (-1e30f)
@@ -256,17 +258,20 @@ static __device__ __forceinline__ float power_of_two(float x) {
 
 // rows: (documents, length, 3 heads 64), queries, keys, values. Asked are `asked` queries of each document: the first ones, or where
 // causal the last. lengths: of each document, or NULL. scale: of the scores, times log2(e).
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
+extern "C" __global__ void __launch_bounds__(WORKERS, 1)
     kernel(const __grid_constant__ TensorMap rows, const int *lengths, Bits *out, int asked, int length, float scale) {
     extern __shared__ unsigned char raw[];
-    __shared__ u64 full[STAGES], empty[STAGES], asked_for;
+    __shared__ u64 full[GROUPS][STAGES], empty[GROUPS][STAGES], asked_for;
     __shared__ float2 met[GROUPS][64];
-    u32 base = (shared_of(raw) + 1023) & ~1023u, full0 = shared_of(full), empty0 = shared_of(empty), ready = shared_of(&asked_for);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
+    u32 base = (shared_of(raw) + 1023) & ~1023u, ring = base + SIDE + group * STAGES * 2 * SIDE;
+    u32 full0 = shared_of(full[group]), empty0 = shared_of(empty[group]), ready = shared_of(&asked_for);
     int head = blockIdx.y, heads = gridDim.y, document = blockIdx.z, row = blockIdx.x * 64;
+    bool brings = threadIdx.x % 128 == 0;
     next_may_start();
-    if (threadIdx.x == 0) {
-        barrier_init(ready, 1);
+    if (threadIdx.x == 0) asm volatile("prefetch.tensormap [%0];" ::"l"(&rows) : "memory");
+    if (brings) {
+        if (group == 0) barrier_init(ready, 1);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full0 + 8 * i, 1);
             barrier_init(empty0 + 8 * i, 4);
@@ -281,20 +286,21 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
     end = min(end, row + 64 + shift);
 #endif
     int tiles = max(1, (end + 63) / 64);
-
-    if (warp == GROUPS * 4) {
-        if (lane == 0) {
+    // The group's tile of this number, of all tiles number * GROUPS + group.
+    auto fetch = [&](int number) {
+        u32 bar = full0 + 8 * (number % STAGES), to = ring + number % STAGES * 2 * SIDE;
+        int key = (number * GROUPS + group) * 64;
+        expect(bar, 2 * SIDE);
+        bring(to, &rows, (heads + head) * 64, key, document, bar);
+        bring(to + SIDE, &rows, (2 * heads + head) * 64, key, document, bar);
+    };
+    int count = (tiles - group + GROUPS - 1) / GROUPS;
+    if (brings) {
+        if (group == 0) {
             expect(ready, SIDE);
             bring(base, &rows, head * 64, row + shift, document, ready);
-            for (int i = 0; i < tiles; i++) {
-                u32 bar = full0 + 8 * (i % STAGES), to = base + SIDE + i % STAGES * 2 * SIDE;
-                if (i >= STAGES) await(empty0 + 8 * (i % STAGES), (i / STAGES - 1) & 1);
-                expect(bar, 2 * SIDE);
-                bring(to, &rows, (heads + head) * 64, i * 64, document, bar);
-                bring(to + SIDE, &rows, (2 * heads + head) * 64, i * 64, document, bar);
-            }
         }
-        return;
+        for (int i = 0; i < STAGES && i < count; i++) fetch(i);
     }
 
     float sum[32], s[32], top[2] = {NONE, NONE}, total[2] = {0.0f, 0.0f}, fade[2];
@@ -302,30 +308,31 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
 #pragma unroll
     for (int i = 0; i < 32; i++) sum[i] = 0.0f;
     int mine = row + warp % 4 * 16 + lane / 4; // and 8 behind it
-    auto ask = [&](int i) {
-        u64 queries = TILE128(16) | AT(base), keys = TILE128(16) | AT(base + SIDE + i % STAGES * 2 * SIDE);
-        await(full0 + 8 * (i % STAGES), (i / STAGES) & 1);
+    auto ask = [&](int number) {
+        u64 queries = TILE128(16) | AT(base), keys = TILE128(16) | AT(ring + number % STAGES * 2 * SIDE);
+        await(full0 + 8 * (number % STAGES), (number / STAGES) & 1);
         fence_registers();
 #pragma unroll
         for (int j = 0; j < 4; j++) score(s, queries + j * (32 >> 4), keys + j * (32 >> 4), j > 0);
         commit();
     };
-    auto weigh_values = [&](int i) {
-        u64 values = TILE128(16) | AT(base + SIDE + (i % STAGES * 2 + 1) * SIDE);
+    auto weigh_values = [&](int number) {
+        u64 values = TILE128(16) | AT(ring + (number % STAGES * 2 + 1) * SIDE);
         fence_registers();
 #pragma unroll
         for (int j = 0; j < 4; j++) weigh(sum, weights + 4 * j, values + j * (16 * 128 >> 4));
         commit();
     };
-    auto raise = [&](int i) { // scores become powers of two
-        bool cut = i * 64 + 64 > valid;
+    auto raise = [&](int number) { // scores become powers of two
+        int key = (number * GROUPS + group) * 64;
+        bool cut = key + 64 > valid;
 #if CAUSAL
-        cut = cut || i * 64 + 63 > row + shift;
+        cut = cut || key + 63 > row + shift;
 #endif
         if (cut) {
 #pragma unroll
             for (int j = 0; j < 32; j++) {
-                int c = i * 64 + j / 4 * 8 + lane % 4 * 2 + j % 2;
+                int c = key + j / 4 * 8 + lane % 4 * 2 + j % 2;
                 bool hidden = c >= valid;
 #if CAUSAL
                 hidden = hidden || c > mine + shift + j % 4 / 2 * 8;
@@ -359,24 +366,31 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
         for (int j = 0; j < 16; j++) weights[j] = narrow2(s[2 * j], s[2 * j + 1]);
     };
     await(ready, 0);
-    if (group < tiles) {
-        ask(group);
+    if (count > 0) {
+        ask(0);
         await_products<0>();
-        raise(group);
+        raise(0);
         round();
-        int i = group + GROUPS;
-        for (; i < tiles; i += GROUPS) {
+        for (int i = 1; i < count; i++) {
             ask(i);
-            weigh_values(i - GROUPS);
+            weigh_values(i - 1);
             await_products<1>(); // the scores, which were asked for first
             raise(i);
             await_products<0>();
-            if (lane == 0) arrive(empty0 + 8 * ((i - GROUPS) % STAGES));
+            if (i - 1 + STAGES < count) {
+                u32 bar = empty0 + 8 * ((i - 1) % STAGES);
+                if (lane == 0) arrive(bar);
+                if (brings) {
+                    await(bar, ((i - 1) / STAGES) & 1);
+                    fetch(i - 1 + STAGES);
+                }
+                __syncwarp();
+            }
 #pragma unroll
             for (int j = 0; j < 32; j++) sum[j] *= fade[j / 2 % 2];
             round();
         }
-        weigh_values(i - GROUPS);
+        weigh_values(count - 1);
         await_products<0>();
     }
 
@@ -387,7 +401,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
         total[h] += __shfl_xor_sync(~0u, total[h], 2);
         if (lane % 4 == 0) met[group][warp % 4 * 16 + lane / 4 + 8 * h] = make_float2(top[h], total[h]);
     }
-    asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory");
+    __syncthreads();
     u32 own = base + (warp * 16 + lane / 4) * ROW_BYTES + lane % 4 * 8;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -406,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
                          "f"(sum[4 * j + 2 * h + 1] * by)
                          : "memory");
     }
-    asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory");
+    __syncthreads();
 #pragma unroll
     for (int i = threadIdx.x; i < 64 * 16; i += WORKERS) {
         float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -426,8 +440,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
 }
 #endif
 
-#if NORM
-// sums = x + skip, out = norm(sums) * gamma + beta, a warp a row of at most 256 VECTORS values. sums may be NULL.
+#if NORM || EMBED
 static __device__ __forceinline__ void apart(uint4 raw, float *values) {
     u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
@@ -448,55 +461,127 @@ static __device__ __forceinline__ float sum_of_warp(float value) {
     return value;
 }
 
+// A warp has a row of at most 256 VECTORS values, every lane each 32nd vector of 8; the weights are read before the one before ends.
+struct Row {
+    float values[VECTORS][8];
+    uint4 weight[VECTORS], offset[VECTORS];
+
+    __device__ __forceinline__ void by(const uint4 *gamma, const uint4 *beta, int vectors) {
+#pragma unroll
+        for (int i = 0, at = threadIdx.x % 32; i < VECTORS; i++, at += 32)
+            if (at < vectors) {
+                weight[i] = gamma[at];
+                offset[i] = beta[at];
+            }
+    }
+
+    // The norm of the values, whose sum over the row is `total`.
+    __device__ __forceinline__ void norm(uint4 *out, float total, int width, float epsilon) {
+        int vectors = width / 8, lane = threadIdx.x % 32;
+        float mean = sum_of_warp(total) / width, spread = 0.0f;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            if (lane + 32 * i < vectors) {
+#pragma unroll
+                for (int j = 0; j < 8; j++) spread += (values[i][j] - mean) * (values[i][j] - mean);
+            }
+        float by = rsqrtf(sum_of_warp(spread) / width + epsilon);
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            if (lane + 32 * i < vectors) {
+                float w[8], o[8];
+                apart(weight[i], w);
+                apart(offset[i], o);
+#pragma unroll
+                for (int j = 0; j < 8; j++) o[j] += (values[i][j] - mean) * by * w[j];
+                out[lane + 32 * i] = together(o);
+            }
+    }
+};
+#endif
+
+#if NORM
+// sums = x + skip, out = norm(sums) * gamma + beta. sums may be NULL.
 extern "C" __global__ void __launch_bounds__(128) kernel(const uint4 *x, const uint4 *skip, const uint4 *gamma, const uint4 *beta,
                                                          uint4 *out, uint4 *sums, int rows, int width, float epsilon) {
     next_may_start();
     int row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, vectors = width / 8;
-    uint4 weight[VECTORS], offset[VECTORS], left[VECTORS], right[VECTORS];
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-        if (lane + 32 * i < vectors) {
-            weight[i] = gamma[lane + 32 * i];
-            offset[i] = beta[lane + 32 * i];
-        }
+    Row own;
+    own.by(gamma, beta, vectors);
     await_the_one_before();
     if (row >= rows) return;
-    u64 start = (u64)row * vectors + lane;
+    uint4 left[VECTORS], right[VECTORS];
+    u64 start = (u64)row * vectors;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
         if (lane + 32 * i < vectors) {
-            left[i] = x[start + 32 * i];
-            right[i] = skip[start + 32 * i];
+            left[i] = x[start + lane + 32 * i];
+            right[i] = skip[start + lane + 32 * i];
         }
-    float values[VECTORS][8], total = 0.0f;
+    float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
         if (lane + 32 * i < vectors) {
             float other[8];
-            apart(left[i], values[i]);
+            apart(left[i], own.values[i]);
             apart(right[i], other);
 #pragma unroll
-            for (int j = 0; j < 8; j++) total += values[i][j] += other[j];
-            if (sums) sums[start + 32 * i] = together(values[i]);
+            for (int j = 0; j < 8; j++) total += own.values[i][j] += other[j];
+            if (sums) sums[start + lane + 32 * i] = together(own.values[i]);
         }
-    float mean = sum_of_warp(total) / width;
-    total = 0.0f;
+    own.norm(out + start, total, width, epsilon);
+}
+#endif
+
+#if EMBED
+// A step's rows and their norm. frame, of each row of a document: a token, 0 or more; or -1 - i for the i-th of `texts` tokens of its
+// segment, and for i beyond them the row i - texts of its memory. rows = word or memory + positions; rows may be NULL.
+extern "C" __global__ void __launch_bounds__(128)
+    kernel(const float4 *memory, const long long *segment, const long long *frame, const uint4 *word, const uint4 *positions,
+           const uint4 *gamma, const uint4 *beta, uint4 *out, uint4 *rows, int documents, int length, int texts, int memories, int words,
+           int width, float epsilon) {
+    next_may_start();
+    int row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, vectors = width / 8, document = row / length;
+    Row own;
+    own.by(gamma, beta, vectors);
+    bool there = document < documents;
+    long long place = there ? -1 - frame[row % length] : 0;
+    uint4 added[VECTORS], raw[VECTORS];
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+        if (there && lane + 32 * i < vectors) added[i] = positions[(u64)(row % length) * vectors + lane + 32 * i];
+    await_the_one_before();
+    if (!there) return;
+    if (place < texts) {
+        long long token = place < 0 ? -1 - place : segment[(u64)document * texts + place];
+        token = min(max(token, 0ll), words - 1ll); // rows of padding fill a batch up, nobody reads them
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            if (lane + 32 * i < vectors) raw[i] = word[token * vectors + lane + 32 * i];
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            if (lane + 32 * i < vectors) apart(raw[i], own.values[i]);
+    } else {
+        u64 start = ((u64)document * memories + min(place - texts, memories - 1ll)) * vectors * 2;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            if (lane + 32 * i < vectors) {
+                float4 low = memory[start + 2 * (lane + 32 * i)], high = memory[start + 2 * (lane + 32 * i) + 1];
+                float both[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+                for (int j = 0; j < 8; j++) own.values[i][j] = both[j];
+            }
+    }
+    float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
         if (lane + 32 * i < vectors) {
+            float other[8];
+            apart(added[i], other);
 #pragma unroll
-            for (int j = 0; j < 8; j++) total += (values[i][j] - mean) * (values[i][j] - mean);
+            for (int j = 0; j < 8; j++) total += own.values[i][j] += other[j];
+            if (rows) rows[(u64)row * vectors + lane + 32 * i] = together(own.values[i]);
         }
-    float by = rsqrtf(sum_of_warp(total) / width + epsilon);
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-        if (lane + 32 * i < vectors) {
-            float w[8], o[8];
-            apart(weight[i], w);
-            apart(offset[i], o);
-#pragma unroll
-            for (int j = 0; j < 8; j++) o[j] += (values[i][j] - mean) * by * w[j];
-            out[start + 32 * i] = together(o);
-        }
+    own.norm(out + (u64)row * vectors, total, width, epsilon);
 }
 #endif

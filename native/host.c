@@ -83,21 +83,40 @@ void host_quantize(const float *in, uint8_t *out, int64_t count, float inverse) 
     for (int64_t i = 0; i < count; i++) out[i] = to_e4m3(in[i] * inverse);
 }
 
+/* out = norm(x + skip) * gamma + beta, of a row; sums may be NULL. */
+static void norm_of_sum(const float *x, const float *skip, const float *gamma, const float *beta, float *out, float *sums,
+                        int64_t width, float epsilon) {
+    double mean = 0.0, spread = 0.0;
+    for (int64_t i = 0; i < width; i++) mean += out[i] = x[i] + skip[i];
+    mean /= (double)width;
+    if (sums) memcpy(sums, out, sizeof *out * (size_t)width);
+    for (int64_t i = 0; i < width; i++) spread += (out[i] - mean) * (out[i] - mean);
+    double scale = 1.0 / sqrt(spread / (double)width + epsilon);
+    for (int64_t i = 0; i < width; i++) out[i] = (float)((out[i] - mean) * scale) * gamma[i] + beta[i];
+}
+
 void host_skip_layer_norm(const float *const in[4], float *out, float *sums, uint8_t *rounded, int64_t rows, int64_t width,
                           float epsilon, float inverse) {
     for (int64_t row = 0; row < rows; row++) {
-        const float *x = in[0] + row * width, *skip = in[1] + row * width;
-        float *made = out + row * width;
-        double mean = 0.0, spread = 0.0;
-        for (int64_t i = 0; i < width; i++) mean += made[i] = x[i] + skip[i];
-        mean /= (double)width;
-        if (sums) memcpy(sums + row * width, made, sizeof *made * (size_t)width);
-        for (int64_t i = 0; i < width; i++) spread += (made[i] - mean) * (made[i] - mean);
-        double scale = 1.0 / sqrt(spread / (double)width + epsilon);
-        for (int64_t i = 0; i < width; i++) {
-            made[i] = (float)((made[i] - mean) * scale) * in[2][i] + in[3][i];
-            if (rounded) rounded[row * width + i] = to_e4m3(made[i] * inverse);
+        int64_t at = row * width;
+        norm_of_sum(in[0] + at, in[1] + at, in[2], in[3], out + at, sums ? sums + at : NULL, width, epsilon);
+        for (int64_t i = at; rounded && i < at + width; i++) rounded[i] = to_e4m3(out[i] * inverse);
+    }
+}
+
+void host_embed(const float *memory, const int64_t *segment, const int64_t *frame, const float *const in[4], float *out,
+                float *rows, int64_t documents, int length, int texts, int memories, int words, int width, float epsilon) {
+    for (int64_t row = 0; row < documents * length; row++) {
+        int64_t document = row / length, place = -1 - frame[row % length];
+        int64_t carried = place - texts < memories ? place - texts : memories - 1;
+        const float *from = memory + (document * memories + carried) * width;
+        if (place < texts) {
+            int64_t token = place < 0 ? -1 - place : segment[document * texts + place];
+            token = token < 0 ? 0 : token < words ? token : words - 1;
+            from = in[0] + token * width;
         }
+        norm_of_sum(from, in[1] + row % length * width, in[2], in[3], out + row * width, rows ? rows + row * width : NULL,
+                    width, epsilon);
     }
 }
 

@@ -17,6 +17,9 @@ void host_quantize(const float *in, uint8_t *out, int64_t count, float inverse);
 /* The norm of in[0] + in[1]; sums, the sum itself, and rounded may be NULL. */
 void host_skip_layer_norm(const float *const in[4], float *out, float *sums, uint8_t *rounded, int64_t rows, int64_t width,
                           float epsilon, float inverse);
+/* The rows of a step as gpu.h says; rows may be NULL. */
+void host_embed(const float *memory, const int64_t *segment, const int64_t *frame, const float *const in[4], float *out,
+                float *rows, int64_t documents, int length, int texts, int memories, int words, int width, float epsilon);
 /* Attention as gpu.h says, of any size of heads. 0, or -1 without memory. */
 int host_attention(const float *rows, const int *lengths, float *out, int64_t documents, int length, int asked, int heads,
                    int size, int causal);

@@ -8,6 +8,7 @@
 #include "gpu.h"
 
 enum { WORKSPACE = 32 << 20 }; /* what NVIDIA advises for Hopper */
+enum { WIDEST = 2048 };        /* row that a warp of hopper.cu takes */
 
 /* How a product is asked for. With out = FP8, cuBLASLt wants C to have the bias's type and not to be out, and says nowhere
  * whether it may be missing: what a first run finds to work is kept. The last one always does. */

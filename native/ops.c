@@ -13,12 +13,17 @@
  *       queries and keys turned by the angles of their places, a head's first half against its second; with repeat = 1 each
  *       head of keys and values stands there for every head of queries that reads it.
  *   SkipLayerNorm (x, skip, gamma, beta) -> (norm(x + skip) [, x + skip])
+ *   Embed (memory (batch, m, d) float32, segment (batch, S) int64, frame (L) int64, word (v, d), positions (L, d), gamma,
+ *          beta) -> (norm(rows) (batch, L, d) [, rows])
+ *       The rows of a step, with positions added. frame says what stands in each: the token 0 or more; -1 - i for the i-th
+ *       token of the segment; -1 - S - i for row i of the memory.
  *   PackedAttention (rows (batch, L, 3 h s) [, lengths (batch) int32]) -> (batch, asked, h s)
  *       of h = `heads` heads' queries, then their keys, then their values; a document's rows from its length on are not
  *       attended to. With causal = 1 none is that comes later. `rows` queries are asked, 0 is all: the first ones, or where
- *       causal the last. For heads of 64 and compute capability 9.0.
+ *       causal the last. For heads of 64. It and Embed are for compute capability 9.0.
  *
- * On the CPU provider they are there in float32, attention for heads of any size.
+ * On the CPU provider they are there in float32, attention for heads of any size. On a GPU of compute capability 9.0 weights,
+ * biases, gamma, beta, frame and positions are read before the node in front has ended: they are constants of the graph.
  */
 #include <limits.h>
 #include <pthread.h>
@@ -38,11 +43,13 @@ enum {
     SILU_MUL,
     SILU_MUL_QUANTIZE,
     ROTARY,
-    PACKED_ATTENTION
+    PACKED_ATTENTION,
+    EMBED
 };
-enum { INPUTS = 4, OUTPUTS = 3, AXES = 8 };
+enum { INPUTS = 7, OUTPUTS = 3, AXES = 8 };
 static const char *const NAMES[] = {"Linear",  "LinearQuantize",  "Quantize", "SkipLayerNorm", "SkipLayerNormQuantize",
-                                    "SiluMul", "SiluMulQuantize", "Rotary",   "PackedAttention"};
+                                    "SiluMul", "SiluMulQuantize", "Rotary",   "PackedAttention",
+                                    "Embed"};
 #define CUDA "CUDAExecutionProvider"
 
 typedef struct {
@@ -129,7 +136,7 @@ static void destroy(void *kernel) {
 }
 
 static int optional_input(const Op *op, size_t index) { return op->kind == PACKED_ATTENTION && index == 1; }
-static int optional_output(const Op *op, size_t index) { return op->kind == SKIP_LAYER_NORM && index == 1; }
+static int optional_output(const Op *op, size_t index) { return (op->kind == SKIP_LAYER_NORM || op->kind == EMBED) && index == 1; }
 
 /* A tensor without axes stands for an optional one that is not given. */
 static OrtStatus *input(const Node *node, OrtKernelContext *context, size_t index, Tensor *tensor) {
@@ -325,6 +332,35 @@ static OrtStatus *packed_attention(Node *node, OrtKernelContext *context, const 
     return code ? refused(node->api, why) : NULL;
 }
 
+static OrtStatus *embed(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
+    const Tensor *memory = &in[0], *segment = &in[1], *word = &in[3];
+    int64_t width = memory->axes[2], length = in[2].axes[0];
+    int fits = memory->count == 3 && segment->count == 2 && in[2].count == 1 && word->count == 2 && width && length &&
+               memory->axes[1] && segment->axes[0] == memory->axes[0] && word->axes[1] == width && values(&in[4]) == length * width &&
+               values(&in[5]) == width && values(&in[6]) == width && length <= INT_MAX && segment->axes[1] <= INT_MAX &&
+               memory->axes[1] <= INT_MAX && word->axes[0] <= INT_MAX && width <= INT_MAX;
+    if (!fits) return refused(node->api, "rmt_trt: the shapes of a step's memory, segment, frame and tables do not fit together");
+    const Frame frame = {memory->axes[0],     (int)length,        (int)segment->axes[1], (int)memory->axes[1],
+                         (int)word->axes[0], (int)width};
+    Tensor made = *memory;
+    made.axes[1] = length;
+    void *out = NULL, *rows = NULL;
+    OrtStatus *status = output(node, context, 0, &made, &out);
+    if (!status) status = output(node, context, 1, &made, &rows);
+    if (status || !values(&made)) return status;
+    const void *data[INPUTS];
+    for (size_t i = 0; i < INPUTS; i++) data[i] = in[i].data;
+    if (!on_gpu(node)) {
+        const float *const floats[] = {data[3], data[4], data[5], data[6]};
+        host_embed(data[0], data[1], data[2], floats, out, rows, frame.documents, frame.length, frame.texts, frame.memories,
+                   frame.words, frame.width, node->epsilon);
+        return NULL;
+    }
+    char why[WHY];
+    int code = gpu_embed(&node->lane, stream, node->op->input[3], data, out, rows, &frame, node->epsilon, why);
+    return code ? refused(node->api, why) : NULL;
+}
+
 static size_t input_count(const OrtCustomOp *base) {
     size_t count = 0;
     while (count < INPUTS && ((const Op *)base)->input[count]) count++;
@@ -352,6 +388,7 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
         case SILU_MUL_QUANTIZE: return silu_mul(node, context, in, stream);
         case ROTARY: return rotary(node, context, in, stream);
         case PACKED_ATTENTION: return packed_attention(node, context, in, stream);
+        case EMBED: return embed(node, context, in, stream);
         default: return linear(node, context, in, stream);
     }
 }
@@ -401,6 +438,17 @@ static Op OPS[] = {
     {.kind = PACKED_ATTENTION, .provider = CUDA, .input = {ORT_FLOAT16, ORT_INT32}, .output = {ORT_FLOAT16}},
     {.kind = PACKED_ATTENTION, .provider = CUDA, .input = {ORT_BFLOAT16, ORT_INT32}, .output = {ORT_BFLOAT16}},
     {.kind = PACKED_ATTENTION, .input = {ORT_FLOAT, ORT_INT32}, .output = {ORT_FLOAT}},
+    {.kind = EMBED,
+     .provider = CUDA,
+     .input = {ORT_FLOAT, ORT_INT64, ORT_INT64, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
+     .output = {ORT_FLOAT16, ORT_FLOAT16}},
+    {.kind = EMBED,
+     .provider = CUDA,
+     .input = {ORT_FLOAT, ORT_INT64, ORT_INT64, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
+     .output = {ORT_BFLOAT16, ORT_BFLOAT16}},
+    {.kind = EMBED,
+     .input = {ORT_FLOAT, ORT_INT64, ORT_INT64, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
+     .output = {ORT_FLOAT, ORT_FLOAT}},
     {.kind = SKIP_LAYER_NORM_QUANTIZE,
      .provider = CUDA,
      .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},

@@ -32,6 +32,7 @@ enum { ORT_VERSION = 17, ORT_FAIL = 1 }; /* the oldest interface that has all of
 enum { /* ONNXTensorElementDataType, the same numbers as TensorProto.DataType */
     ORT_FLOAT = 1,
     ORT_INT32 = 6,
+    ORT_INT64 = 7,
     ORT_FLOAT16 = 10,
     ORT_BFLOAT16 = 16,
     ORT_FLOAT8 = 17 /* E4M3FN */
