@@ -137,7 +137,7 @@ def _engine_bundle(
         entries = []
         for dtype in dtypes:
             made = fused_graphs(loaded.model, loaded.spec, dtype, folder, beside=dtype != "fp32")
-            entries += [*made.entries, *made.native]
+            entries += [*made.entries, *made.native, *made.hopper]
         values = {"memory": loaded.model.memory.detach().numpy()}
         (folder / INITIAL).write_bytes(initial_state.to_bytes(values, loaded.spec))
         config = loaded.model.config.to_json()

@@ -16,7 +16,7 @@ from rmt_trt import RMTRuntime
 from rmt_trt.export import ExportOptions, add_engine_graphs, export_model
 from rmt_trt.model.checkpoint import LoadedModel
 from rmt_trt.model.step import model_spec
-from rmt_trt.runtime import cuda
+from rmt_trt.runtime import cuda, native
 from rmt_trt.runtime.engines.cuda import PROVIDER
 
 # Sizes that the fused kernels take: heads of 32, and for NeoX 16 rotated dimensions of 32.
@@ -37,10 +37,20 @@ WIDE: dict[str, dict[str, Any]] = {
 
 def require_gpu() -> None:
     """Skips the test where there is no GPU that ONNX Runtime can use; RMT_REQUIRE=cuda makes that a failure."""
+    require_hardware("cuda", _no_gpu())
+
+
+def require_hopper() -> None:
+    """Skips the test where there is no GPU of compute capability 9.0, or no library with kernels for it; RMT_REQUIRE=hopper
+    makes that a failure."""
+    require_hardware("hopper", _no_gpu() or native.lacking((native.HOPPER, native.NEED), 0))
+
+
+def _no_gpu() -> str | None:
     reason = cuda.refusal(0)
     if reason is None and PROVIDER not in onnxruntime.get_available_providers():
         reason = f"onnxruntime {onnxruntime.__version__} has no {PROVIDER}"
-    require_hardware("cuda", reason)
+    return reason
 
 
 @functools.cache

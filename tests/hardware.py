@@ -1,5 +1,5 @@
 """Skips for absent hardware, which `RMT_REQUIRE=tensorrt,cuda` turns into failures: a skip is not a pass. "native" is the
-library that a C compiler builds when rmt-trt is installed."""
+library that a C compiler builds when rmt-trt is installed, "hopper" that library and a GPU of compute capability 9.0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from rmt_trt.runtime import native
 
-HARDWARE = ("cuda", "tensorrt", "tensorrt-rtx", "native")
+HARDWARE = ("cuda", "tensorrt", "tensorrt-rtx", "native", "hopper")
 
 
 def required_hardware() -> frozenset[str]:

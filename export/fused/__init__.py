@@ -16,12 +16,13 @@ from rmt_trt.errors import ContractError
 from rmt_trt.export.fused.decoder import decoder_step
 from rmt_trt.export.fused.encoder import encoder_step
 from rmt_trt.export.fused.graph import FLOATS, OPSET, Graph, Weights
+from rmt_trt.export.fused.hopper import fits
 from rmt_trt.export.fused.layers import EXACT_GELU, TANH_GELU, Backbone, CannotFuse, backbone_of
 from rmt_trt.export.fused.native import Native
 from rmt_trt.export.fused.native_decoder import gates, rotates
 from rmt_trt.initial_state import to_metadata
 from rmt_trt.model.step import RMTModel
-from rmt_trt.runtime.native import NEED
+from rmt_trt.runtime.native import HOPPER, NEED
 
 __all__ = ["CannotFuse", "FusedGraphs", "Native", "backbone_of", "fused_graphs"]
 
@@ -60,8 +61,14 @@ class Variant:
     native: Native | None = None
 
     def file(self, dtype: str, head: str) -> str:
-        own = "" if self.native is None else "-native"
+        own = "" if self.native is None else "-hopper" if self.native.hopper else "-native"
         return f"cuda-{dtype}{own}-{self.role}-{head}{f'-from-{self.min_batch}' if self.min_batch > 1 else ''}.onnx"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        if self.native is None or self.native.by_nodes:
+            return ()
+        return (HOPPER, NEED) if self.native.hopper else (NEED,)
 
 
 def fused_graphs(
@@ -83,7 +90,8 @@ def fused_graphs(
              precision only; None takes what fits the dtype
     native   by which of rmt-trt's own operators all graphs are written; None is none. dtype "fp8" has
              thresholds in it, and is float16 where it is not in FP8
-    beside   also writes graphs with these operators, where that is quicker: `cuda-DTYPE-native-ROLE-HEAD.onnx`
+    beside   also writes graphs with these operators, where that is quicker: `cuda-DTYPE-native-ROLE-HEAD.onnx`, and with
+             those for compute capability 9.0: `cuda-DTYPE-hopper-ROLE-HEAD.onnx`
     by_nodes each operator in the graphs beside is written as the nodes that it stands for, and nothing is needed
 
     Errors: CannotFuse, when a backbone has something that no fused node knows.
@@ -97,6 +105,7 @@ def fused_graphs(
     metadata = to_metadata(spec, {"memory": model.memory.detach().numpy()})
     weights = Weights(folder / f"cuda-{dtype}.data", half)
     own_variants = _native_variants(backbone, spec, by_nodes) if beside else []
+    of_one_kind = _roles(Native(hopper=True, by_nodes=by_nodes)) if beside and fits(backbone) else []
     joined = bool(own_variants) and gates(backbone)
 
     def written(variants: list[Variant]) -> tuple[tuple[GraphEntry, ...], dict[str, int]]:
@@ -109,7 +118,7 @@ def fused_graphs(
                 graph.save(folder / name, metadata)
                 entry = GraphEntry(
                     name, variant.role, "cuda", dtype, head, OPSET, (weights.path.name,), variant.min_batch,
-                    (NEED,) if variant.native and not variant.native.by_nodes else (),
+                    variant.needs,
                 )  # fmt: skip
                 found.append((entry, dict(graph.fused)))
         return tuple(entry for entry, _ in found), found[0][1] if found else {}
@@ -117,9 +126,10 @@ def fused_graphs(
     try:
         graphs = written(_variants(backbone, spec, native))
         own = written(own_variants)
+        hopper = written(of_one_kind)
     finally:
         weights.close()
-    return FusedGraphs(*graphs, *own)
+    return FusedGraphs(*graphs, *own, *hopper)
 
 
 def _variants(backbone: Backbone, spec: StepSpec, native: Native | None) -> list[Variant]:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rmt_trt.contract import LOGITS, StepSpec
-from rmt_trt.export.fused import blocks
+from rmt_trt.export.fused import blocks, hopper
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
 from rmt_trt.export.fused.kept import Kept, rows_from, rows_of
@@ -67,6 +67,8 @@ def decoder_step(
     kept = None if head in WHOLE_TEXT else tail
     if native is None:
         value = _layers(graph, backbone, layout, rows, last, separate, kept)
+    elif native.hopper:
+        value = hopper.decoder_layers(graph, native, backbone, rows, kept)
     else:
         value = decoder_layers(graph, native, backbone, layout.length, rows, last, separate, kept)
 

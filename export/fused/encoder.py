@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from rmt_trt.contract import LOGITS, StepSpec
-from rmt_trt.export.fused import blocks
+from rmt_trt.export.fused import blocks, hopper
 from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import Graph
 from rmt_trt.export.fused.kept import Kept, rows_of
@@ -51,6 +51,8 @@ def encoder_step(
     kept = Kept(max(config.num_memory, _first(config) + 1), 0)  # of every head, so that memory is rounded alike
     if native is None:
         value = _layers(graph, value, backbone, lengths, separate, kept)
+    elif native.hopper:
+        value = hopper.encoder_layers(graph, native, value, backbone, lengths, kept)
     else:
         value = encoder_layers(graph, native, value, backbone, lengths, separate, kept)
 

@@ -36,6 +36,7 @@ class Native:
     packed      query, key and value in FP8 are one product where nothing is masked, not three
     candidates  how many of cuBLASLt's algorithms are tried out for a product; 1 takes the first that it proposes
     by_nodes    writes what is not FP8 as the nodes of ONNX Runtime that it stands for
+    hopper      attention and norms are nodes of our own too, for compute capability 9.0, and so are all products
     """
 
     qkv: bool = True
@@ -52,6 +53,7 @@ class Native:
     candidates: int = 1
     fast: bool = True
     by_nodes: bool = False
+    hopper: bool = False
 
     def threshold(self, product: str) -> float | None:
         return None if self.thresholds is None else self.thresholds.get(product)

@@ -1,0 +1,143 @@
+"""Layers whose every node is an operator of our own that a GPU of compute capability 9.0 has kernels of its own for.
+
+They follow one another without a gap there: each kernel is launched while the one before it ends. What the operators compute
+stands in `native/ops.c`.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from rmt_trt.export.fused import blocks
+from rmt_trt.export.fused.blocks import Names
+from rmt_trt.export.fused.graph import MICROSOFT, Graph
+from rmt_trt.export.fused.kept import Kept, rows_of
+from rmt_trt.export.fused.layers import EXACT_GELU, TANH_GELU, Backbone, CannotFuse, Layer, Linear, Norm
+from rmt_trt.export.fused.native import WIDEST, Native, linear
+from rmt_trt.runtime.native import DOMAIN
+
+HEAD = 64  # size of the heads that attention takes
+STEP = 64  # widths that products go through are multiples of
+
+
+def fits(backbone: Backbone) -> bool:
+    """Whether the kernels take a backbone: attention without rotary positions, an MLP without a gate, one behind the other."""
+    if backbone.rotary is not None or backbone.parallel or backbone.head_size != HEAD:
+        return False
+    final = [] if backbone.final_norm is None else [backbone.final_norm]
+    norms = [*final, *(norm for layer in backbone.layers for norm in (layer.norm1, layer.norm2))]
+    if any(norm.rms or norm.bias is None or norm.weight.shape[0] > WIDEST for norm in norms):
+        return False
+    matrices = [part.weight for layer in backbone.layers for part in (layer.out, layer.up, layer.down)]
+    plain = all(layer.gate is None and layer.query_norm is None for layer in backbone.layers)
+    same = backbone.heads == backbone.kv_heads
+    return plain and same and not any(size % STEP for matrix in matrices for size in matrix.shape)
+
+
+def encoder_layers(
+    graph: Graph, native: Native, value: ir.Value, backbone: Backbone, lengths: ir.Value | None, kept: Kept
+) -> ir.Value:
+    """(batch, L, d) -> (batch, K, d) through all layers, of the last one the K rows that are kept, which are the first.
+
+    Errors: CannotFuse, for a backbone that does not fit, and for thresholds of FP8."""
+    _check(native, backbone)
+    for number, layer in enumerate(backbone.layers):
+        name = Names(f"layer{number}")
+        few = kept if number + 1 == len(backbone.layers) else None
+        mixed = _attention(graph, native, value, layer, backbone, name, lengths, False, few)
+        (value,) = _skip_norm(graph, native, mixed, rows_of(graph, few, value), layer.norm1, name("norm1"))
+        inner = _mlp(graph, native, value, layer, backbone.activation, name)
+        (value,) = _skip_norm(graph, native, inner, value, layer.norm2, name("norm2"))
+    return value
+
+
+def decoder_layers(graph: Graph, native: Native, backbone: Backbone, rows: ir.Value, kept: Kept | None) -> ir.Value:
+    """(batch, L, d) -> (batch, L, d) after the final norm, or (batch, K, d) of the K rows that are kept of the last layer:
+    the last ones, or for each document its own. Every norm adds the residual that comes before it.
+
+    Errors: as `encoder_layers`."""
+    _check(native, backbone)
+    total = rows
+    value = blocks.norm(graph, rows, backbone.layers[0].norm1, "layer0.norm1")
+    for number, layer in enumerate(backbone.layers):
+        name = Names(f"layer{number}")
+        following = number + 1 < len(backbone.layers)
+        few = None if following else kept
+        mixed = _attention(graph, native, value, layer, backbone, name, None, True, few)
+        total = rows_of(graph, few, total)
+        value, total = _skip_norm(graph, native, mixed, total, layer.norm2, name("norm2"), total=True)
+        inner = _mlp(graph, native, value, layer, backbone.activation, name)
+        after, after_name = backbone.final_norm, "final_norm"
+        if following:
+            after, after_name = backbone.layers[number + 1].norm1, f"layer{number + 1}.norm1"
+        assert after is not None  # every decoder has a final norm
+        value, *totals = _skip_norm(graph, native, inner, total, after, after_name, total=following)
+        total = totals[0] if totals else total
+    return value
+
+
+def _check(native: Native, backbone: Backbone) -> None:
+    if not fits(backbone):
+        raise CannotFuse(
+            f"the kernels for compute capability 9.0 take layers of heads of {HEAD}, widths of multiples of {STEP}, layer "
+            f"norms with biases, no rotary positions and no gates; this backbone has others"
+        )
+    if native.thresholds is not None:
+        raise CannotFuse("the kernels for compute capability 9.0 multiply in half precision, and not in FP8")
+
+
+def _attention(
+    graph: Graph, native: Native, value: ir.Value, layer: Layer, backbone: Backbone, name: Names,
+    lengths: ir.Value | None, causal: bool, kept: Kept | None,
+) -> ir.Value:  # fmt: skip
+    """Attention and its last product, for the kept rows or for all."""
+    both = blocks.packed(layer)
+    bias = both.bias if both.bias is not None else torch.zeros(both.weight.shape[1])
+    qkv = linear(graph, native, value, Linear(both.weight, bias), name("qkv"))
+    rows = 0 if native.by_nodes or kept is None or not isinstance(kept.at, int) else kept.size
+    attended = _attended_by_nodes if native.by_nodes else _attended
+    mixed = attended(graph, qkv, backbone, lengths, causal, rows)
+    mixed = mixed if rows else rows_of(graph, kept, mixed)
+    return linear(graph, native, mixed, layer.out, name("out"), "bias.0")
+
+
+def _attended(
+    graph: Graph, qkv: ir.Value, backbone: Backbone, lengths: ir.Value | None, causal: bool, rows: int
+) -> ir.Value:
+    inputs = [qkv] if lengths is None else [qkv, lengths]
+    return graph.node(
+        "PackedAttention", *inputs,
+        domain=DOMAIN, fused="attention", heads=backbone.heads, causal=int(causal), rows=rows,
+    )  # fmt: skip
+
+
+def _attended_by_nodes(
+    graph: Graph, qkv: ir.Value, backbone: Backbone, lengths: ir.Value | None, causal: bool, rows: int
+) -> ir.Value:
+    """The same for all rows: of fewer queries than keys, ONNX Runtime's kernels differ in what lengths and causality hide."""
+    parts = graph.nodes("Split", qkv, wanted=(True,) * 3, axis=-1, num_outputs=3)
+    return graph.node(
+        "MultiHeadAttention", *parts, None, lengths,
+        domain=MICROSOFT, fused="attention", num_heads=backbone.heads, unidirectional=int(causal),
+    )  # fmt: skip
+
+
+def _mlp(graph: Graph, native: Native, value: ir.Value, layer: Layer, kind: str, name: Names) -> ir.Value:
+    gelu = kind == TANH_GELU or (kind == EXACT_GELU and native.tanh)
+    inner = linear(graph, native, value, layer.up, name("up"), gelu=gelu)
+    inner = inner if gelu else blocks.activation(graph, inner, kind)
+    return linear(graph, native, inner, layer.down, name("down"))
+
+
+def _skip_norm(
+    graph: Graph, native: Native, value: ir.Value, skip: ir.Value, by: Norm, name: str, total: bool = False
+) -> list[ir.Value]:
+    """[norm(value + skip)], and with `total` the sum too."""
+    if native.by_nodes:
+        return blocks.skip_norm(graph, value, skip, None, by, name, total)
+    assert by.bias is not None  # `fits`
+    return graph.nodes(
+        "SkipLayerNorm", value, skip, graph.weight(f"{name}.weight", by.weight), graph.weight(f"{name}.bias", by.bias),
+        wanted=(True, True) if total else (True,), domain=DOMAIN, fused="skip-norm", epsilon=by.eps,
+    )  # fmt: skip

@@ -1,0 +1,200 @@
+"""Kernels for compute capability 9.0 on such a GPU: each operator against PyTorch, and whole models along the recurrence.
+
+`RMT_REQUIRE=hopper pytest -m gpu` fails where there is none.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gpu import open_cuda, require_hopper, with_graphs
+from gpu_node import GpuNode, check_near, normal
+from heads_of_64 import HEADS, WIDTH, wide
+from shared import once
+
+from rmt_trt import RMTRuntime
+from rmt_trt.export import ExportOptions, export_model
+from rmt_trt.export.verify import TOLERANCES, random_document, relative_error
+from rmt_trt.model.checkpoint import LoadedModel
+from rmt_trt.model.recurrence import recurrence
+from rmt_trt.model.step import RMTModel, model_spec
+from rmt_trt.runtime.engines.cuda import CudaEngine
+
+pytestmark = pytest.mark.gpu
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def _gpu() -> None:
+    require_hopper()
+
+
+@contextmanager
+def one(folder: Path, op: str, inputs: list[torch.dtype], dtype: torch.dtype, **options: Any) -> Iterator[GpuNode]:
+    node = GpuNode(folder, op, inputs, dtype, **options)
+    try:
+        yield node
+    finally:
+        node.close()
+
+
+ROWS = (1, 11, 64, 300, 512, 1000)
+SIZES = ((64, 8), (64, 64), (128, 72), (192, 128), (320, 1000), (768, 768), (768, 2304), (768, 3072), (3072, 768))
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_product_has_its_bias_and_tanh_gelu(dtype: str, activation: str, tmp_path: Path) -> None:
+    half = HALVES[dtype]
+    with one(tmp_path, "Linear", [half] * 3, half, activation=activation) as product:
+        for k, n in SIZES:
+            weight, bias = normal(k, n, dtype=half, scale=k**-0.5, seed=1), normal(n, dtype=half, seed=2)
+            for m in ROWS:
+                x = normal(m, k, dtype=half, seed=m)
+                (found,) = product(x, weight, bias, shape=(m, n))
+                wanted = x.float() @ weight.float() + bias.float()
+                if activation == "gelu":
+                    wanted = torch.nn.functional.gelu(wanted, approximate="tanh")
+                check_near(found, wanted, f"{m} rows, {k} to {n}")
+
+
+def attended(qkv: torch.Tensor, heads: int, causal: bool, rows: int, lengths: torch.Tensor | None) -> torch.Tensor:
+    """(batch, rows, h s) float32: each document by itself, from what its length leaves."""
+    batch, length, width = qkv.shape
+    found = []
+    for number in range(batch):
+        query, key, value = qkv[number].float().view(length, 3, heads, width // 3 // heads).permute(1, 2, 0, 3)
+        scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+        place = torch.arange(length, device=qkv.device)
+        hidden = place[None] > place[:, None] if causal else torch.zeros_like(scores[0], dtype=torch.bool)
+        if lengths is not None:
+            hidden = hidden | (place >= lengths[number])[None]
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        found.append((weights @ value).transpose(0, 1).flatten(1))
+    whole = torch.stack(found)
+    return whole if not rows else whole[:, -rows:] if causal else whole[:, :rows]
+
+
+LENGTHS = (1, 43, 63, 64, 65, 128, 509, 512, 1000)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "lengths"])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize(("heads", "rows"), [(1, 0), (2, 11), (12, 1), (12, 43)])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_attention_over_packed_rows(
+    dtype: str, heads: int, rows: int, causal: bool, masked: bool, tmp_path: Path
+) -> None:
+    half = HALVES[dtype]
+    inputs = [half, torch.int32] if masked else [half]
+    with one(tmp_path, "PackedAttention", inputs, half, heads=heads, causal=int(causal), rows=rows) as attention:
+        for length in LENGTHS:
+            for batch in (1, 3):
+                if rows > length:
+                    continue
+                qkv = normal(batch, length, 3 * 64 * heads, dtype=half, seed=length)
+                some = [length, max(1, length // 3), max(1, length - 1)][:batch]
+                lengths = torch.tensor(some, dtype=torch.int32, device="cuda") if masked else None
+                given = (qkv, lengths) if lengths is not None else (qkv,)
+                (found,) = attention(*given, shape=(batch, rows or length, 64 * heads))
+                check_near(found, attended(qkv, heads, causal, rows, lengths), f"{batch} documents of {length} rows")
+
+
+@pytest.mark.parametrize("total", [False, True], ids=["norm", "norm and sum"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_norm_of_a_sum(dtype: str, total: bool, tmp_path: Path) -> None:
+    half = HALVES[dtype]
+    with one(tmp_path, "SkipLayerNorm", [half] * 4, half, outputs=1 + total, epsilon=1e-3) as norm:
+        for width in (8, 64, 128, 768, 1024, 3072, 8192):
+            for rows in (1, 11, 509):
+                x, skip = (normal(rows, width, dtype=half, seed=seed) for seed in (0, 1))
+                gamma, beta = (normal(width, dtype=half, seed=seed) for seed in (2, 3))
+                found = norm(x, skip, gamma, beta, shape=(rows, width))
+                both = x.float() + skip.float()
+                wanted = torch.nn.functional.layer_norm(both, (width,), gamma.float(), beta.float(), 1e-3)
+                for made, right in zip(found, (wanted, both), strict=False):
+                    check_near(made, right, f"{rows} rows of {width}")
+
+
+# Whole models. Weights scaled by their width, so that what a layer hands on is as large in each.
+LARGE = 768
+SHAPES: dict[str, dict[str, Any]] = {
+    "odd": {"width": WIDTH, "num_memory": 3, "segment_length": 37},
+    "real": {"width": LARGE, "num_memory": 10, "segment_length": 499},
+}
+LAYERS = 3
+
+
+def model_of(name: str, shape: str) -> RMTModel:
+    sizes = SHAPES[shape]
+    width, positions = sizes["width"], sizes["segment_length"] + 2 * sizes["num_memory"] + 3
+    heads, inner = HEADS * width // WIDTH, 4 * width
+    changes = {
+        "bert": {
+            "hidden_size": width, "num_attention_heads": heads, "intermediate_size": inner,
+            "num_hidden_layers": LAYERS, "max_position_embeddings": positions,
+        },
+        "gpt2": {"n_embd": width, "n_head": heads, "n_inner": inner, "n_layer": LAYERS, "n_positions": positions},
+    }[name]  # fmt: skip
+    return wide(name, changes, scale=2.5 * (WIDTH / width) ** 0.5, **sizes)
+
+
+@functools.cache
+def bundle_of(name: str, shape: str, dtype: str) -> Path:
+    def export(path: Path) -> None:
+        model = model_of(name, shape)
+        export_model(LoadedModel(model, model_spec(model), None), path, ExportOptions(segments=2))
+
+    return with_graphs(once(f"{name}-{shape}-64.rmt", export), f"{name}-{shape}-64-{dtype}.rmt", dtype)
+
+
+def documents(model: RMTModel, count: int) -> list[np.ndarray]:
+    """Of unequal lengths, most with a short segment at their end."""
+    size = model.config.segment_length
+    lengths = (2 * size + size // 3, 3 * size, size + 1, 1, 2 * size - 1)
+    return [random_document(model_spec(model), length, seed) for seed, length in enumerate(lengths[:count])]
+
+
+@functools.cache
+def wanted_of(name: str, shape: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """(memory, logits) after a document, by the recurrence in PyTorch."""
+    model = model_of(name, shape)
+    *_, (memory, logits) = recurrence(model, documents(model, 5)[number].tolist(), model_spec(model).alignment)
+    return memory.numpy(), logits.numpy()[-1] if logits.ndim == 2 else logits.numpy()
+
+
+def check_run(runtime: RMTRuntime, name: str, shape: str, dtype: str, count: int) -> list[bytes]:
+    """Runs so many documents together, and gives their memories' bits."""
+    found = runtime.run(documents(model_of(name, shape), count))
+    for number, result in enumerate(found):
+        memory, logits = wanted_of(name, shape, number)
+        assert relative_error(result.memory, memory) <= TOLERANCES[dtype], (count, number)
+        given = result.logits if result.logits.shape == logits.shape else result.logits[-1]
+        assert relative_error(given, logits) <= TOLERANCES[dtype], (count, number)
+    return [result.memory.tobytes() for result in found]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_models_follow_the_recurrence(name: str, shape: str, dtype: str) -> None:
+    with open_cuda(bundle_of(name, shape, dtype), dtype) as runtime:
+        engine = runtime._engine
+        assert isinstance(engine, CudaEngine)
+        assert "kernels for this GPU" in engine.products
+        for count in (1, 2, 5):
+            assert check_run(runtime, name, shape, dtype, count) == check_run(runtime, name, shape, dtype, count)
+        used = {Path(engine._graphs[key].file).name for key, _ in engine._sessions}
+        # Of five documents the engine takes a bucket of eight, for which encoders have other graphs.
+        assert all("-hopper-" in file or file.endswith("-from-8.onnx") for file in used)
+        assert {role for role in ("full", "step") if any(f"-hopper-{role}-" in file for file in used)} == {
+            "full",
+            "step",
+        }
