@@ -195,25 +195,34 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
 
     // Behind the ring is a place for the result, from where whole rows are written.
     int first = warp * 16;
-    u32 made = base + STAGES * (X_BYTES + W_BYTES), own = made + (first + lane / 4) * PITCH + lane % 4 * 4;
+    unsigned char *made = raw + (base - shared_of(raw)) + STAGES * (X_BYTES + W_BYTES) + first * PITCH;
+    u32 both[COLUMNS / 8], upper[COLUMNS / 8], lower[COLUMNS / 8];
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; j++) both[j] = *(const u32 *)(biases + j * 8 + lane % 4 * 2);
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j++) {
-        u32 both = *(const u32 *)(biases + j * 8 + lane % 4 * 2);
-        float b0 = wide((Bits)both), b1 = wide((Bits)(both >> 16));
-        u32 upper = narrow2(activated(sum[4 * j] + b0), activated(sum[4 * j + 1] + b1));
-        u32 lower = narrow2(activated(sum[4 * j + 2] + b0), activated(sum[4 * j + 3] + b1));
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(own + j * 16), "r"(upper) : "memory");
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(own + 8 * PITCH + j * 16), "r"(lower) : "memory");
+        float b0 = wide((Bits)both[j]), b1 = wide((Bits)(both[j] >> 16));
+        upper[j] = narrow2(activated(sum[4 * j] + b0), activated(sum[4 * j + 1] + b1));
+        lower[j] = narrow2(activated(sum[4 * j + 2] + b0), activated(sum[4 * j + 3] + b1));
+    }
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; j++) {
+        unsigned char *to = made + lane / 4 * PITCH + lane % 4 * 4 + j * 16;
+        *(u32 *)to = upper[j];
+        *(u32 *)(to + 8 * PITCH) = lower[j];
     }
     __syncwarp();
+    constexpr int vectors = COLUMNS / 8, each = 16 * vectors / 32;
+    uint4 whole[each];
 #pragma unroll
-    for (int i = lane; i < 16 * (COLUMNS / 8); i += 32) {
-        int y = first + i / (COLUMNS / 8), c = i % (COLUMNS / 8) * 8;
-        uint4 v;
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(made + y * PITCH + c * 2));
-        if (row + y < m && column + c < n) *(uint4 *)(out + (u64)(row + y) * n + column + c) = v;
+    for (int i = 0; i < each; i++) {
+        int y = (lane + 32 * i) / vectors, c = (lane + 32 * i) % vectors;
+        whole[i] = *(const uint4 *)(made + y * PITCH + c * 16);
+    }
+#pragma unroll
+    for (int i = 0; i < each; i++) {
+        int y = row + first + (lane + 32 * i) / vectors, c = column + (lane + 32 * i) % vectors * 8;
+        if (y < m && c < n) *(uint4 *)(out + (u64)y * n + c) = whole[i];
     }
 }
 #endif
@@ -376,6 +385,8 @@ extern "C" __global__ void __launch_bounds__(WORKERS, 1)
             weigh_values(i - 1);
             await_products<1>(); // the scores, which were asked for first
             raise(i);
+#pragma unroll
+            for (int j = 0; j < 32; j++) asm volatile("" : "+f"(s[j])); // before what follows is waited for
             await_products<0>();
             if (i - 1 + STAGES < count) {
                 u32 bar = empty0 + 8 * ((i - 1) % STAGES);
@@ -402,7 +413,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS, 1)
         if (lane % 4 == 0) met[group][warp % 4 * 16 + lane / 4 + 8 * h] = make_float2(top[h], total[h]);
     }
     __syncthreads();
-    u32 own = base + (warp * 16 + lane / 4) * ROW_BYTES + lane % 4 * 8;
+    unsigned char *place = raw + (base - shared_of(raw)), *own = place + (warp * 16 + lane / 4) * ROW_BYTES + lane % 4 * 8;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float now = NONE, all = 0.0f;
@@ -413,25 +424,20 @@ extern "C" __global__ void __launch_bounds__(WORKERS, 1)
             float2 found = met[g][warp % 4 * 16 + lane / 4 + 8 * h];
             all += found.y * power_of_two((found.x - now) * scale);
         }
-        float by = power_of_two((top[h] - now) * scale) / all;
+        float by = __fdividef(power_of_two((top[h] - now) * scale), all);
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(own + h * 8 * ROW_BYTES + j * 32), "f"(sum[4 * j + 2 * h] * by),
-                         "f"(sum[4 * j + 2 * h + 1] * by)
-                         : "memory");
+            *(float2 *)(own + h * 8 * ROW_BYTES + j * 32) = make_float2(sum[4 * j + 2 * h] * by, sum[4 * j + 2 * h + 1] * by);
     }
     __syncthreads();
 #pragma unroll
     for (int i = threadIdx.x; i < 64 * 16; i += WORKERS) {
-        float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        float4 parts[GROUPS], all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            float4 part;
-            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
-                         : "r"(base + (g * 64 + i / 16) * ROW_BYTES + i % 16 * 16));
-            all = make_float4(all.x + part.x, all.y + part.y, all.z + part.z, all.w + part.w);
-        }
+        for (int g = 0; g < GROUPS; g++) parts[g] = *(const float4 *)(place + (g * 64 + i / 16) * ROW_BYTES + i % 16 * 16);
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+            all = make_float4(all.x + parts[g].x, all.y + parts[g].y, all.z + parts[g].z, all.w + parts[g].w);
         int y = row + i / 16;
         if (y < asked)
             *(uint2 *)(out + ((u64)document * asked + y) * (heads * 64) + head * 64 + i % 16 * 4) =
