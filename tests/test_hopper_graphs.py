@@ -56,7 +56,7 @@ def test_every_role_and_head_follows_the_recurrence(name: str, nodes: bool, tmp_
     assert {entry.needs for entry in graphs.hopper} == {() if nodes else ("hopper", "native")}
     parts = [node for entry in graphs.hopper for node in onnx.load(tmp_path / entry.file).graph.node]
     ours = {node.op_type for node in parts if node.domain == native.DOMAIN}
-    assert ours == (set() if nodes else {"Linear", "PackedAttention", "SkipLayerNorm"})
+    assert ours == (set() if nodes else {"Embed", "Linear", "PackedAttention", "SkipLayerNorm"})
     assert graphs.hopper_fused["attention"] == 2
     initial = [model.memory.detach().numpy()]
     check = check_graphs(

@@ -58,19 +58,21 @@ def decoder_step(
     memory, segment = inputs(graph, spec)
     count = None if role == "full" else text_counts(graph, segment, ir.DataType.INT64)
     layout = Layout(config.num_memory, spec.segment_length, count)
-    rows = _rows(graph, backbone, layout, memory, segment)
     last = None
     if takes_groups(graph, native, backbone):
         batch = graph.node("Shape", segment, start=0, end=1)
         last = graph.node("Expand", graph.constant([layout.length - 1], np.int32), batch)
     tail = rows_from(graph, layout.text if count is None else count, layout.memory - 1, layout.memory + 1)
     kept = None if head in WHOLE_TEXT else tail
-    if native is None:
-        value = _layers(graph, backbone, layout, rows, last, separate, kept)
-    elif native.hopper:
-        value = hopper.decoder_layers(graph, native, backbone, rows, kept)
-    else:
+    if native is not None and native.hopper:
+        value, rows = _entered(graph, native, backbone, layout, memory, segment)
+        value = hopper.decoder_layers(graph, native, backbone, value, rows, kept)
+    elif native is not None:
+        rows = _rows(graph, backbone, layout, memory, segment)
         value = decoder_layers(graph, native, backbone, layout.length, rows, last, separate, kept)
+    else:
+        rows = _rows(graph, backbone, layout, memory, segment)
+        value = _layers(graph, backbone, layout, rows, last, separate, kept)
 
     ends = value if kept is not None else tail.rows(graph, value)
     written = graph.to_float(graph.slice(ends, 1, 1 + layout.memory))
@@ -138,6 +140,20 @@ def _rows(graph: Graph, backbone: Backbone, layout: Layout, memory: ir.Value, se
     if backbone.positions is not None:
         rows = graph.node("Add", rows, graph.weight("positions", backbone.positions))
     return rows
+
+
+def _entered(
+    graph: Graph, native: Native, backbone: Backbone, layout: Layout, memory: ir.Value, segment: ir.Value
+) -> list[ir.Value]:
+    """[the rows behind the first norm, the rows], (batch, L, d) each."""
+    by = backbone.layers[0].norm1
+    if layout.count is None and backbone.positions is not None and hopper.embeds(native, backbone):
+        carried = hopper.memory_at(layout.text, layout.memory)
+        frame = [*carried, *hopper.text_at(0, layout.text), *carried]
+        positions = graph.weight("positions", backbone.positions)
+        return hopper.embed(graph, memory, segment, frame, backbone.word, positions, by, "layer0.norm1", total=True)
+    rows = _rows(graph, backbone, layout, memory, segment)
+    return [blocks.norm(graph, rows, by, "layer0.norm1"), rows]
 
 
 def _head(

@@ -41,13 +41,17 @@ def encoder_step(
     operators."""
     memory, segment = inputs(graph, spec)
     count = None if role == "full" else text_counts(graph, segment, ir.DataType.INT32)
-    rows = _rows(graph, config, spec, backbone, memory, segment, count)
     lengths = None if count is None else _lengths(graph, config, count)
-
     embedding_norm = backbone.embedding_norm
     assert embedding_norm is not None
     positions = _positions(graph, config, backbone)
-    value = blocks.skip_norm(graph, rows, positions, None, embedding_norm, "embedding_norm")[0]
+    if count is None and hopper.embeds(native, backbone):
+        value = hopper.embed(
+            graph, memory, segment, _frame(config, spec), backbone.word, positions, embedding_norm, "embedding_norm"
+        )[0]
+    else:
+        rows = _rows(graph, config, spec, backbone, memory, segment, count)
+        value = blocks.skip_norm(graph, rows, positions, None, embedding_norm, "embedding_norm")[0]
     kept = Kept(max(config.num_memory, _first(config) + 1), 0)  # of every head, so that memory is rounded alike
     if native is None:
         value = _layers(graph, value, backbone, lengths, separate, kept)
@@ -113,6 +117,13 @@ def _rows(
     """(batch, L, d): memory, then the words of `[prefix] [middle] text [suffix]`."""
     words = graph.node("Gather", graph.weight("word", backbone.word), _ids(graph, config, spec, segment, count))
     return graph.node("Concat", graph.to_half(memory), words, axis=1)
+
+
+def _frame(config: ModelConfig, spec: StepSpec) -> list[int]:
+    """What stands in the rows of a full segment, as `hopper.embed` takes it."""
+    text = hopper.text_at(0, spec.segment_length)
+    front = hopper.memory_at(spec.segment_length, config.num_memory)
+    return [*front, *config.prefix_ids, *config.middle_ids, *text, *config.suffix_ids]
 
 
 def _positions(graph: Graph, config: ModelConfig, backbone: Backbone) -> ir.Value:

@@ -6,6 +6,7 @@ stands in `native/ops.c`.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -19,6 +20,7 @@ from rmt_trt.runtime.native import DOMAIN
 
 HEAD = 64  # size of the heads that attention takes
 STEP = 64  # widths that products go through are multiples of
+ROW = 2048  # width of the rows that Embed makes, at most
 
 
 def fits(backbone: Backbone) -> bool:
@@ -33,6 +35,43 @@ def fits(backbone: Backbone) -> bool:
     plain = all(layer.gate is None and layer.query_norm is None for layer in backbone.layers)
     same = backbone.heads == backbone.kv_heads
     return plain and same and not any(size % STEP for matrix in matrices for size in matrix.shape)
+
+
+def embeds(native: Native | None, backbone: Backbone) -> bool:
+    """Whether a node of our own makes the first rows of full segments."""
+    wanted = native is not None and native.hopper and not native.by_nodes
+    return wanted and backbone.positions is not None and backbone.word.shape[1] <= ROW
+
+
+def embed(
+    graph: Graph,
+    memory: ir.Value,
+    segment: ir.Value,
+    frame: list[int],
+    word: torch.Tensor,
+    positions: ir.Value,
+    by: Norm,
+    name: str,
+    total: bool = False,
+) -> list[ir.Value]:
+    """[norm(rows)] (batch, L, d), and with `total` the rows too. frame, of each row: a token; or `text_at` and `memory_at`.
+    positions (L, d) are added. Segments are full. Width: at most ROW."""
+    assert by.bias is not None  # `fits`
+    weights = (graph.weight(f"{name}.weight", by.weight), graph.weight(f"{name}.bias", by.bias))
+    return graph.nodes(
+        "Embed", memory, segment, graph.constant(np.array(frame)), graph.weight("word", word), positions, *weights,
+        wanted=(True, True) if total else (True,), domain=DOMAIN, fused="first rows", epsilon=by.eps,
+    )  # fmt: skip
+
+
+def text_at(first: int, count: int) -> list[int]:
+    """`count` tokens of the segment in a frame, from this one on."""
+    return [-1 - number for number in range(first, first + count)]
+
+
+def memory_at(length: int, count: int) -> list[int]:
+    """All of `count` rows of memory in a frame, of segments of this length."""
+    return text_at(length, count)
 
 
 def encoder_layers(
@@ -52,14 +91,15 @@ def encoder_layers(
     return value
 
 
-def decoder_layers(graph: Graph, native: Native, backbone: Backbone, rows: ir.Value, kept: Kept | None) -> ir.Value:
-    """(batch, L, d) -> (batch, L, d) after the final norm, or (batch, K, d) of the K rows that are kept of the last layer:
-    the last ones, or for each document its own. Every norm adds the residual that comes before it.
+def decoder_layers(
+    graph: Graph, native: Native, backbone: Backbone, value: ir.Value, total: ir.Value, kept: Kept | None
+) -> ir.Value:
+    """The first rows, normed and as they are, (batch, L, d) -> (batch, L, d) after the final norm, or (batch, K, d) of the K
+    rows that are kept of the last layer: the last ones, or for each document its own. Every norm adds the residual that comes
+    before it.
 
     Errors: as `encoder_layers`."""
     _check(native, backbone)
-    total = rows
-    value = blocks.norm(graph, rows, backbone.layers[0].norm1, "layer0.norm1")
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
         following = number + 1 < len(backbone.layers)
