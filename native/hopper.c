@@ -57,7 +57,11 @@ static int compiled_for(Lane *lane, const Macros *macros, unsigned shared, void 
         free(kernel);
         return -1;
     }
-    int code = driver.ModuleGetFunction(&kernel->function, kernel->module, "kernel");
+    const char *name = macros->product     ? "rmt_product"
+                       : macros->attention ? "rmt_attention"
+                       : macros->norm      ? "rmt_norm"
+                                           : "rmt_embed";
+    int code = driver.ModuleGetFunction(&kernel->function, kernel->module, name);
     if (!code && shared) code = driver.FuncSetAttribute(kernel->function, MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)shared);
     if (code) {
         driver.ModuleUnload(kernel->module);

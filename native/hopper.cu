@@ -134,7 +134,7 @@ static __device__ __forceinline__ float activated(float x) {
 }
 
 extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
-    kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const Bits *bias, Bits *out, int m, int n, int k) {
+    rmt_product(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const Bits *bias, Bits *out, int m, int n, int k) {
     extern __shared__ unsigned char raw[];
     __shared__ u64 full[STAGES], empty[STAGES];
     __shared__ Bits biases[COLUMNS];
@@ -268,7 +268,7 @@ static __device__ __forceinline__ float power_of_two(float x) {
 // rows: (documents, length, 3 heads 64), queries, keys, values. Asked are `asked` queries of each document: the first ones, or where
 // causal the last. lengths: of each document, or NULL. scale: of the scores, times log2(e).
 extern "C" __global__ void __launch_bounds__(WORKERS, 1)
-    kernel(const __grid_constant__ TensorMap rows, const int *lengths, Bits *out, int asked, int length, float scale) {
+    rmt_attention(const __grid_constant__ TensorMap rows, const int *lengths, Bits *out, int asked, int length, float scale) {
     extern __shared__ unsigned char raw[];
     __shared__ u64 full[GROUPS][STAGES], empty[GROUPS][STAGES], asked_for;
     __shared__ float2 met[GROUPS][64];
@@ -358,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS, 1)
             now = fmaxf(fmaxf(fmaxf(highest[0], highest[1]), fmaxf(highest[2], highest[3])), now);
             now = fmaxf(now, __shfl_xor_sync(~0u, now, 1));
             now = fmaxf(now, __shfl_xor_sync(~0u, now, 2));
-            float off = now * scale;
+            float off = now > NONE ? now * scale : 0.0f; // where all is hidden, all becomes 0
             fade[h] = power_of_two(top[h] * scale - off);
             top[h] = now;
 #pragma unroll
@@ -424,7 +424,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS, 1)
             float2 found = met[g][warp % 4 * 16 + lane / 4 + 8 * h];
             all += found.y * power_of_two((found.x - now) * scale);
         }
-        float by = __fdividef(power_of_two((top[h] - now) * scale), all);
+        float by = all > 0.0f ? __fdividef(power_of_two((top[h] - now) * scale), all) : 0.0f;
 #pragma unroll
         for (int j = 0; j < 8; j++)
             *(float2 *)(own + h * 8 * ROW_BYTES + j * 32) = make_float2(sum[4 * j + 2 * h] * by, sum[4 * j + 2 * h + 1] * by);
@@ -508,7 +508,7 @@ struct Row {
 
 #if NORM
 // sums = x + skip, out = norm(sums) * gamma + beta. sums may be NULL.
-extern "C" __global__ void __launch_bounds__(128) kernel(const uint4 *x, const uint4 *skip, const uint4 *gamma, const uint4 *beta,
+extern "C" __global__ void __launch_bounds__(128) rmt_norm(const uint4 *x, const uint4 *skip, const uint4 *gamma, const uint4 *beta,
                                                          uint4 *out, uint4 *sums, int rows, int width, float epsilon) {
     next_may_start();
     int row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, vectors = width / 8;
@@ -543,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(128) kernel(const uint4 *x, const u
 // A step's rows and their norm. frame, of each row of a document: a token, 0 or more; or -1 - i for the i-th of `texts` tokens of its
 // segment, and for i beyond them the row i - texts of its memory. rows = word or memory + positions; rows may be NULL.
 extern "C" __global__ void __launch_bounds__(128)
-    kernel(const float4 *memory, const long long *segment, const long long *frame, const uint4 *word, const uint4 *positions,
+    rmt_embed(const float4 *memory, const long long *segment, const long long *frame, const uint4 *word, const uint4 *positions,
            const uint4 *gamma, const uint4 *beta, uint4 *out, uint4 *rows, int documents, int length, int texts, int memories, int words,
            int width, float epsilon) {
     next_may_start();
