@@ -18,7 +18,14 @@ KINDS = {
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.float32: TensorProto.FLOAT,
     torch.int32: TensorProto.INT32,
+    torch.int64: TensorProto.INT64,
 }
+AXES = {
+    "Linear": [2, 2, 1],
+    "PackedAttention": [3, 1],
+    "SkipLayerNorm": [2, 2, 1, 1],
+    "Embed": [3, 2, 1, 2, 2, 1, 1],
+}  # of the inputs; an output has as many as the first
 GUARD = 1 << 16  # values of NaN on either side of a tensor
 
 
@@ -29,7 +36,7 @@ class GuardedTensor:
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         size = int(torch.Size(shape).numel())
         self._all = torch.full(
-            (size + 2 * GUARD,), 0 if dtype == torch.int32 else float("nan"), dtype=dtype, device="cuda"
+            (size + 2 * GUARD,), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device="cuda"
         )
         self.value = self._all[GUARD : GUARD + size].view(shape)
 
@@ -53,7 +60,7 @@ class GpuNode:
         **attributes: Any,
     ) -> None:
         self._names = [f"in{number}" for number in range(len(inputs))], [f"out{number}" for number in range(outputs)]
-        ranks = {"Linear": [2, 2, 1], "PackedAttention": [3, 1], "SkipLayerNorm": [2, 2, 1, 1]}[op]
+        ranks = AXES[op]
         node = helper.make_node(op, *self._names, domain=native.DOMAIN, **attributes)
         graph = helper.make_graph(
             [node], "one",

@@ -147,7 +147,7 @@ def test_an_export_checks_and_records_them_apart(tmp_path: Path) -> None:
     record = Bundle(path).manifest.verification["engines"]["cuda"]["fp16"]
     assert added.hopper is not None
     assert record["hopper"] == added.hopper.to_json()
-    assert record["hopper"]["fused"] == {"attention": 2, "product+bias": 8, "skip-norm": 5}
+    assert record["hopper"]["fused"] == {"first rows": 1, "attention": 2, "product+bias": 8, "skip-norm": 4}
     assert (record["hopper"]["check"]["by"], record["hopper"]["check"]["worst"] < 1e-5) == ("operators", True)
     assert record["hopper"]["unverified"] == record["native"]["unverified"] is not None
     add_engine_graphs(path, "cuda", "fp16", options=replace(options, native=False, check_segments=0))

@@ -123,6 +123,32 @@ def test_a_norm_of_a_sum(dtype: str, total: bool, tmp_path: Path) -> None:
                     check_near(made, right, f"{rows} rows of {width}")
 
 
+@pytest.mark.parametrize("total", [False, True], ids=["norm", "norm and rows"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_first_rows_are_tokens_and_memory_where_the_frame_says(dtype: str, total: bool, tmp_path: Path) -> None:
+    half, whole = HALVES[dtype], torch.float32
+    inputs = [whole, torch.int64, torch.int64, *[half] * 4]
+    with one(tmp_path, "Embed", inputs, half, outputs=1 + total, epsilon=1e-3) as embed:
+        for width in (64, 128, 768, 2048):
+            for batch, memory_rows, size in ((1, 1, 1), (2, 3, 37), (3, 10, 499)):
+                words, text = normal(50, width, dtype=half), [-1 - place for place in range(size)]
+                held = [-1 - size - row for row in range(memory_rows)]
+                frame = torch.tensor([7, *held, 49, *text, 0, *held], device="cuda")
+                memory = normal(batch, memory_rows, width, dtype=whole, seed=1)
+                segment = torch.arange(batch * size, device="cuda").view(batch, size) * 17 % 50
+                positions = normal(len(frame), width, dtype=half, seed=2)
+                gamma, beta = (normal(width, dtype=half, seed=seed) for seed in (3, 4))
+                given = (memory, segment, frame, words, positions, gamma, beta)
+                found = embed(*given, shape=(batch, len(frame), width))
+                carried, table = memory.to(half).float(), words.float()
+                fixed = [table[token].expand(batch, 1, width) for token in (7, 49, 0)]
+                rows = torch.cat([fixed[0], carried, fixed[1], table[segment], fixed[2], carried], dim=1)
+                rows = rows + positions.float()
+                wanted = torch.nn.functional.layer_norm(rows, (width,), gamma.float(), beta.float(), 1e-3)
+                for made, right in zip(found, (wanted, rows), strict=False):
+                    check_near(made, right, f"{batch} segments of {size}, {width} wide")
+
+
 # Whole models. Weights scaled by their width, so that what a layer hands on is as large in each.
 LARGE = 768
 SHAPES: dict[str, dict[str, Any]] = {

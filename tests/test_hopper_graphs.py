@@ -65,6 +65,26 @@ def test_every_role_and_head_follows_the_recurrence(name: str, nodes: bool, tmp_
     assert 0 < check.largest <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("bert", {"prefix_ids": ()}), ("bert", {"prefix_ids": (2, 3), "middle_ids": (), "num_memory": 1}),
+     ("gpt2", {"num_memory": 1}), ("bert", {"changes": {"num_hidden_layers": 1}}), ("gpt2", {"changes": {"n_layer": 1}})],
+)  # fmt: skip
+def test_layouts_and_depths_of_other_kinds_follow_it_too(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = wide(name, **changes)
+    initial = [model.memory.detach().numpy()]
+    check = check_graphs(
+        written(model, tmp_path).hopper,
+        tmp_path,
+        model_spec(model),
+        initial,
+        model_reference(with_tanh_gelu(model)),
+        5,
+        1e-4,
+    )
+    assert 0 < check.largest <= 1e-5
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_rows_of_every_length_in_one_batch_are_each_what_they_are_alone(name: str, tmp_path: Path) -> None:
     model = with_tanh_gelu(wide(name))
