@@ -137,7 +137,6 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
     rmt_product(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const Bits *bias, Bits *out, int m, int n, int k) {
     extern __shared__ unsigned char raw[];
     __shared__ u64 full[STAGES], empty[STAGES];
-    __shared__ Bits biases[COLUMNS];
     u32 base = (shared_of(raw) + 1023) & ~1023u, full0 = shared_of(full), empty0 = shared_of(empty);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.y * ROWS, column = blockIdx.x * COLUMNS, steps = k / DEEP;
     next_may_start();
@@ -153,6 +152,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
             bring(base + i % STAGES * (X_BYTES + W_BYTES), &x, i * DEEP, row, full0 + 8 * (i % STAGES));
         };
         if (lane == 0) {
+            asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
             for (int i = 0; i < STAGES; i++) {
                 barrier_init(full0 + 8 * i, 1);
                 barrier_init(empty0 + 8 * i, GROUPS * 4);
@@ -174,11 +174,17 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
         return;
     }
 
-    for (int i = threadIdx.x; i < COLUMNS; i += WORKERS) biases[i] = column + i < n ? bias[column + i] : 0;
-    asm volatile("bar.sync 1, %0;" ::"n"(WORKERS + 32) : "memory");
-    float sum[COLUMNS / 2];
+    float sum[COLUMNS / 2]; // begins as the bias, which nothing has to be waited for
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; i++) sum[i] = 0.0f;
+    for (int j = 0; j < COLUMNS / 8; j++) {
+        int c = column + j * 8 + lane % 4 * 2;
+        u32 both = c < n ? *(const u32 *)(bias + c) : 0;
+        sum[4 * j] = sum[4 * j + 2] = wide((Bits)both);
+        sum[4 * j + 1] = sum[4 * j + 3] = wide((Bits)(both >> 16));
+    }
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; i++) asm volatile("" : "+f"(sum[i])); // each in a register of its own by now
+    asm volatile("bar.sync 1, %0;" ::"n"(WORKERS + 32) : "memory");
     for (int i = 0; i < steps; i++) {
         u32 at = base + i % STAGES * (X_BYTES + W_BYTES);
         await(full0 + 8 * (i % STAGES), (i / STAGES) & 1);
@@ -196,20 +202,15 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
     // Behind the ring is a place for the result, from where whole rows are written.
     int first = warp * 16;
     unsigned char *made = raw + (base - shared_of(raw)) + STAGES * (X_BYTES + W_BYTES) + first * PITCH;
-    u32 both[COLUMNS / 8], upper[COLUMNS / 8], lower[COLUMNS / 8];
+    u32 own = shared_of(made) + lane % 16 * PITCH + lane / 16 * 16;
 #pragma unroll
-    for (int j = 0; j < COLUMNS / 8; j++) both[j] = *(const u32 *)(biases + j * 8 + lane % 4 * 2);
+    for (int j = 0; j < COLUMNS / 8; j += 2) {
+        u32 parts[4];
 #pragma unroll
-    for (int j = 0; j < COLUMNS / 8; j++) {
-        float b0 = wide((Bits)both[j]), b1 = wide((Bits)(both[j] >> 16));
-        upper[j] = narrow2(activated(sum[4 * j] + b0), activated(sum[4 * j + 1] + b1));
-        lower[j] = narrow2(activated(sum[4 * j + 2] + b0), activated(sum[4 * j + 3] + b1));
-    }
-#pragma unroll
-    for (int j = 0; j < COLUMNS / 8; j++) {
-        unsigned char *to = made + lane / 4 * PITCH + lane % 4 * 4 + j * 16;
-        *(u32 *)to = upper[j];
-        *(u32 *)(to + 8 * PITCH) = lower[j];
+        for (int i = 0; i < 4; i++) parts[i] = narrow2(activated(sum[4 * j + 2 * i]), activated(sum[4 * j + 2 * i + 1]));
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(own + j * 16), "r"(parts[0]), "r"(parts[1]),
+                     "r"(parts[2]), "r"(parts[3])
+                     : "memory");
     }
     __syncwarp();
     constexpr int vectors = COLUMNS / 8, each = 16 * vectors / 32;
