@@ -149,23 +149,16 @@ int gpu_quantize(Lane **held, void *stream, int type, const void *in, void *out,
     return code ? -1 : 0;
 }
 
-int gpu_skip_layer_norm(Lane **held, void *stream, int type, const void *const in[4], void *out, void *sums, void *rounded,
-                        int64_t rows, int64_t width, float epsilon, float inverse, char *why) {
+int gpu_norm_rounded(Lane **held, void *stream, int type, const void *const in[4], void *out, void *rounded, int64_t rows,
+                     int64_t width, float epsilon, float inverse, char *why) {
     if (width % 8 || width > 8192) {
         snprintf(why, WHY, "rows of %lld values; expected a multiple of 8, 8192 at most", (long long)width);
         return -1;
     }
     pthread_mutex_lock(&gpu_lock);
-    int code = entered(held, stream, why);
-    if (!code && !rounded && (*held)->capability == 90 && width <= WIDEST) {
-        code = hopper_norm(*held, type, in, out, sums, rows, width, epsilon, why);
-        pthread_mutex_unlock(&gpu_lock);
-        return code;
-    }
-    if (!code) code = prepared(held, stream, rounded != NULL, why);
-    int columns = (int)width;
+    int code = prepared(held, stream, 1, why), columns = (int)width;
     void *arguments[] = {(void *)&in[0], (void *)&in[1], (void *)&in[2], (void *)&in[3], &out,
-                         &sums,          &rounded,       &columns,       &epsilon,       &inverse};
+                         &rounded,       &columns,       &epsilon,       &inverse};
     unsigned threads = (unsigned)((width / 8 + 31) / 32 * 32);
     if (!code && rows && (code = launched(*held, SKIP_LAYER_NORM, type, rows, threads, arguments)))
         fail(why, "the driver did not start the kernel 'skip_layer_norm'", code);

@@ -9,6 +9,7 @@
 #include "ort.h"
 
 enum { DEEP = 64, HEAD = 64, KEYS = 64, RING = 2, SHARERS = 4 }; /* k and keys of a tile; attention's STAGES and GROUPS */
+enum { WIDEST = 2048 }; /* row that a warp takes */
 
 /* What a kernel is compiled with. */
 typedef struct {
@@ -155,18 +156,34 @@ static int hopper(Lane **held, void *stream, char *why) {
     return -1;
 }
 
-int hopper_norm(Lane *lane, int type, const void *const in[4], void *out, void *sums, int64_t rows, int64_t width,
-                float epsilon, char *why) {
-    const Macros macros = {.norm = 1, .bfloat = type == ORT_BFLOAT16, .vectors = (int)over(width, 256)};
+static int normed(Lane *lane, int type, const void *const in[4], void *const out[3], const Rows *rows, float epsilon,
+                char *why) {
+    const Macros macros = {.norm = 1, .bfloat = type == ORT_BFLOAT16, .vectors = (int)over(rows->width, 256)};
     void *function;
+    int64_t all = rows->documents * rows->length;
     if (compiled_for(lane, &macros, 0, &function, why)) return -1;
-    if (!rows) return 0;
-    if (rows > INT_MAX) return fail(why, "more rows than a norm takes", 0);
-    int count = (int)rows, columns = (int)width;
-    void *arguments[] = {(void *)&in[0], (void *)&in[1], (void *)&in[2], (void *)&in[3], &out, &sums, &count, &columns,
-                         &epsilon};
-    const int64_t grid[] = {over(rows, 4), 1, 1};
+    if (!all) return 0;
+    if (all > INT_MAX) return fail(why, "more rows than a norm takes", 0);
+    int count = (int)all, width = rows->width, length = rows->length, skips = rows->skips, at = rows->at,
+        first = rows->first, last = rows->last;
+    void *arguments[] = {(void *)&in[0],  (void *)&in[1],  (void *)&in[2], (void *)&in[3], (void *)&out[0],
+                         (void *)&out[1], (void *)&out[2], &count,         &width,         &length,
+                         &skips,          &at,             &first,         &last,          &epsilon};
+    const int64_t grid[] = {over(all, 4), 1, 1};
     return started(lane, function, grid, 128, 0, arguments, why);
+}
+
+int gpu_norm(Lane **held, void *stream, int type, const void *const in[4], void *const out[3], const Rows *rows,
+             float epsilon, char *why) {
+    if (rows->width % 8 || rows->width > WIDEST) {
+        snprintf(why, WHY, "rows of %d values; expected a multiple of 8, %d at most", rows->width, WIDEST);
+        return -1;
+    }
+    pthread_mutex_lock(&gpu_lock);
+    int code = hopper(held, stream, why);
+    if (!code) code = normed(*held, type, in, out, rows, epsilon, why);
+    pthread_mutex_unlock(&gpu_lock);
+    return code;
 }
 
 int gpu_embed(Lane **held, void *stream, int type, const void *const in[7], void *out, void *rows, const Frame *frame,

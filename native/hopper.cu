@@ -482,8 +482,8 @@ struct Row {
             }
     }
 
-    // The norm of the values, whose sum over the row is `total`.
-    __device__ __forceinline__ void norm(uint4 *out, float total, int width, float epsilon) {
+    // The norm of the values, whose sum over the row is `total`; carried, the same as float32 of it, may be NULL.
+    __device__ __forceinline__ void norm(uint4 *out, float4 *carried, float total, int width, float epsilon) {
         int vectors = width / 8, lane = threadIdx.x % 32;
         float mean = sum_of_warp(total) / width, spread = 0.0f;
 #pragma unroll
@@ -501,16 +501,24 @@ struct Row {
                 apart(offset[i], o);
 #pragma unroll
                 for (int j = 0; j < 8; j++) o[j] += (values[i][j] - mean) * by * w[j];
-                out[lane + 32 * i] = together(o);
+                uint4 rounded = together(o);
+                out[lane + 32 * i] = rounded;
+                if (carried) {
+                    apart(rounded, o);
+                    carried[2 * (lane + 32 * i)] = make_float4(o[0], o[1], o[2], o[3]);
+                    carried[2 * (lane + 32 * i) + 1] = make_float4(o[4], o[5], o[6], o[7]);
+                }
             }
     }
 };
 #endif
 
 #if NORM
-// sums = x + skip, out = norm(sums) * gamma + beta. sums may be NULL.
-extern "C" __global__ void __launch_bounds__(128) rmt_norm(const uint4 *x, const uint4 *skip, const uint4 *gamma, const uint4 *beta,
-                                                         uint4 *out, uint4 *sums, int rows, int width, float epsilon) {
+// sums = x + skip, out = norm(sums) * gamma + beta. sums may be NULL. Of `length` rows of a document in x, the first meets row `at` of
+// `skips` in skip. carried, float32 of the rows of out from `first` to `last`, may be NULL.
+extern "C" __global__ void __launch_bounds__(128)
+    rmt_norm(const uint4 *x, const uint4 *skip, const uint4 *gamma, const uint4 *beta, uint4 *out, uint4 *sums, float4 *carried, int rows,
+             int width, int length, int skips, int at, int first, int last, float epsilon) {
     next_may_start();
     int row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, vectors = width / 8;
     Row own;
@@ -519,11 +527,13 @@ extern "C" __global__ void __launch_bounds__(128) rmt_norm(const uint4 *x, const
     if (row >= rows) return;
     uint4 left[VECTORS], right[VECTORS];
     u64 start = (u64)row * vectors;
+    int document = row / length, place = row % length;
+    skip += ((u64)document * skips + at + place) * vectors;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
         if (lane + 32 * i < vectors) {
             left[i] = x[start + lane + 32 * i];
-            right[i] = skip[start + lane + 32 * i];
+            right[i] = skip[lane + 32 * i];
         }
     float total = 0.0f;
 #pragma unroll
@@ -536,7 +546,9 @@ extern "C" __global__ void __launch_bounds__(128) rmt_norm(const uint4 *x, const
             for (int j = 0; j < 8; j++) total += own.values[i][j] += other[j];
             if (sums) sums[start + lane + 32 * i] = together(own.values[i]);
         }
-    own.norm(out + start, total, width, epsilon);
+    bool carries = carried && place >= first && place < last;
+    carried = carries ? carried + ((u64)document * (last - first) + place - first) * vectors * 2 : 0;
+    own.norm(out + start, carried, total, width, epsilon);
 }
 #endif
 
@@ -589,6 +601,6 @@ extern "C" __global__ void __launch_bounds__(128)
             for (int j = 0; j < 8; j++) total += own.values[i][j] += other[j];
             if (rows) rows[(u64)row * vectors + lane + 32 * i] = together(own.values[i]);
         }
-    own.norm(out + (u64)row * vectors, total, width, epsilon);
+    own.norm(out + (u64)row * vectors, 0, total, width, epsilon);
 }
 #endif

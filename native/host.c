@@ -95,12 +95,22 @@ static void norm_of_sum(const float *x, const float *skip, const float *gamma, c
     for (int64_t i = 0; i < width; i++) out[i] = (float)((out[i] - mean) * scale) * gamma[i] + beta[i];
 }
 
-void host_skip_layer_norm(const float *const in[4], float *out, float *sums, uint8_t *rounded, int64_t rows, int64_t width,
-                          float epsilon, float inverse) {
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t at = row * width;
-        norm_of_sum(in[0] + at, in[1] + at, in[2], in[3], out + at, sums ? sums + at : NULL, width, epsilon);
-        for (int64_t i = at; rounded && i < at + width; i++) rounded[i] = to_e4m3(out[i] * inverse);
+void host_norm_rounded(const float *const in[4], float *out, uint8_t *rounded, int64_t rows, int64_t width, float epsilon,
+                       float inverse) {
+    for (int64_t row = 0; row < rows; row++)
+        norm_of_sum(in[0] + row * width, in[1] + row * width, in[2], in[3], out + row * width, NULL, width, epsilon);
+    for (int64_t i = 0; i < rows * width; i++) rounded[i] = to_e4m3(out[i] * inverse);
+}
+
+void host_norm(const float *const in[4], float *const out[3], const Rows *rows, float epsilon) {
+    int64_t width = rows->width;
+    for (int64_t row = 0; row < rows->documents * rows->length; row++) {
+        int64_t document = row / rows->length, place = row % rows->length, carried = rows->last - rows->first;
+        const float *skip = in[1] + (document * rows->skips + rows->at + place) * width;
+        float *made = out[0] + row * width;
+        norm_of_sum(in[0] + row * width, skip, in[2], in[3], made, out[1] ? out[1] + row * width : NULL, width, epsilon);
+        if (out[2] && place >= rows->first && place < rows->last)
+            memcpy(out[2] + (document * carried + place - rows->first) * width, made, sizeof *made * (size_t)width);
     }
 }
 

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "gpu.h"
+
 uint8_t to_e4m3(float value);
 float from_e4m3(uint8_t code);
 
@@ -14,9 +16,10 @@ int host_product(const float *x, const uint8_t *x8, const float *weight, const u
                  float *out, uint8_t *out8, int64_t m, int64_t n, int64_t k, int transposed, int gelu, float scale,
                  float round);
 void host_quantize(const float *in, uint8_t *out, int64_t count, float inverse);
-/* The norm of in[0] + in[1]; sums, the sum itself, and rounded may be NULL. */
-void host_skip_layer_norm(const float *const in[4], float *out, float *sums, uint8_t *rounded, int64_t rows, int64_t width,
-                          float epsilon, float inverse);
+void host_norm_rounded(const float *const in[4], float *out, uint8_t *rounded, int64_t rows, int64_t width, float epsilon,
+                       float inverse);
+/* As gpu.h says. */
+void host_norm(const float *const in[4], float *const out[3], const Rows *rows, float epsilon);
 /* The rows of a step as gpu.h says; rows may be NULL. */
 void host_embed(const float *memory, const int64_t *segment, const int64_t *frame, const float *const in[4], float *out,
                 float *rows, int64_t documents, int length, int texts, int memories, int words, int width, float epsilon);

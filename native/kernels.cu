@@ -97,11 +97,10 @@ static __device__ float sum_of_block(float value, float *shared) {
     return total;
 }
 
-// A row each block: sums = in + skip, out = norm(sums) * gamma + beta, rounded = E4M3(out * inverse); sums and rounded may be
-// NULL. Eight values a thread.
+// A row each block: out = norm(in + skip) * gamma + beta, and E4M3(out * inverse). Eight values a thread.
 template <typename Half>
 static __device__ void skip_layer_norm(const Bits *in, const Bits *skip, const Bits *gamma, const Bits *beta, Bits *out,
-                                       Bits *sums, unsigned char *rounded, int width, float epsilon, float inverse) {
+                                       unsigned char *rounded, int width, float epsilon, float inverse) {
     __shared__ float shared[32];
     long long row = (long long)blockIdx.x * width;
     int column = 8 * threadIdx.x;
@@ -113,7 +112,6 @@ static __device__ void skip_layer_norm(const Bits *in, const Bits *skip, const B
         load8<Half>((const uint4 *)(skip + row + column), other);
 #pragma unroll
         for (int i = 0; i < 8; i++) total += values[i] += other[i];
-        if (sums) store8<Half>((uint4 *)(sums + row + column), values);
     }
     float mean = sum_of_block(total, shared) / width;
     total = 0.0f;
@@ -129,7 +127,7 @@ static __device__ void skip_layer_norm(const Bits *in, const Bits *skip, const B
 #pragma unroll
     for (int i = 0; i < 8; i++) values[i] = (values[i] - mean) * scale * weight[i] + other[i];
     store8<Half>((uint4 *)(out + row + column), values);
-    if (rounded) *(uint2 *)(rounded + row + column) = round8(values, inverse);
+    *(uint2 *)(rounded + row + column) = round8(values, inverse);
 }
 
 // Rows of `across` vectors of gates and as many of values: silu(gate) * value, as it is or as E4M3 of it times `inverse`.
@@ -192,9 +190,9 @@ static __device__ void rotary(const Bits *in, const Bits *cosines, const Bits *s
         quantize<Half>(in, out, count, inverse, by);                                                                   \
     }                                                                                                                  \
     extern "C" __global__ void skip_layer_norm_##name(const Bits *in, const Bits *skip, const Bits *gamma,             \
-                                                      const Bits *beta, Bits *out, Bits *sums, unsigned char *rounded, \
-                                                      int width, float epsilon, float inverse) {                       \
-        skip_layer_norm<Half>(in, skip, gamma, beta, out, sums, rounded, width, epsilon, inverse);                     \
+                                                      const Bits *beta, Bits *out, unsigned char *rounded, int width,  \
+                                                      float epsilon, float inverse) {                                  \
+        skip_layer_norm<Half>(in, skip, gamma, beta, out, rounded, width, epsilon, inverse);                           \
     }                                                                                                                  \
     extern "C" __global__ void silu_mul_##name(const Bits *in, Bits *out, unsigned char *rounded, long long vectors,   \
                                                long long across, float inverse) {                                      \

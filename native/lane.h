@@ -8,7 +8,6 @@
 #include "gpu.h"
 
 enum { WORKSPACE = 32 << 20 }; /* what NVIDIA advises for Hopper */
-enum { WIDEST = 2048 };        /* row that a warp of hopper.cu takes */
 
 /* How a product is asked for. With out = FP8, cuBLASLt wants C to have the bias's type and not to be out, and says nowhere
  * whether it may be missing: what a first run finds to work is kept. The last one always does. */
@@ -78,8 +77,6 @@ void plans_dropped(Plan *plans);
 /* hopper.c: kernels for compute capability 9.0. Whether a product is one for them, and how they are started. */
 int hopper_takes(const Lane *lane, const Product *product, const Operands *at);
 int hopper_product(Lane *lane, const Product *product, const Operands *at, char *why);
-int hopper_norm(Lane *lane, int type, const void *const in[4], void *out, void *sums, int64_t rows, int64_t width,
-                float epsilon, char *why);
 void hopper_dropped(Kernel *kernels);
 
 #endif

@@ -12,7 +12,9 @@
  *   Rotary (x (batch, L, (heads + 2 kv_heads) size), cosines (L, size / 2), sines) -> queries, keys, values (batch, L, ...)
  *       queries and keys turned by the angles of their places, a head's first half against its second; with repeat = 1 each
  *       head of keys and values stands there for every head of queries that reads it.
- *   SkipLayerNorm (x, skip, gamma, beta) -> (norm(x + skip) [, x + skip])
+ *   SkipLayerNorm (x (batch, K, d), skip (batch, L, d), gamma, beta) -> (norm(x + skip) [, x + skip] [, carried])
+ *       x's rows meet those of skip from row `at` on. carried (batch, last - first, d) is float32 of the norm's rows from
+ *       `first` to `last`.
  *   Embed (memory (batch, m, d) float32, segment (batch, S) int64, frame (L) int64, word (v, d), positions (L, d), gamma,
  *          beta) -> (norm(rows) (batch, L, d) [, rows])
  *       The rows of a step, with positions added. frame says what stands in each: the token 0 or more; -1 - i for the i-th
@@ -20,7 +22,7 @@
  *   PackedAttention (rows (batch, L, 3 h s) [, lengths (batch) int32]) -> (batch, asked, h s)
  *       of h = `heads` heads' queries, then their keys, then their values; a document's rows from its length on are not
  *       attended to. With causal = 1 none is that comes later. `rows` queries are asked, 0 is all: the first ones, or where
- *       causal the last. For heads of 64. It and Embed are for compute capability 9.0.
+ *       causal the last. For heads of 64. It, Embed and SkipLayerNorm are for compute capability 9.0.
  *
  * On the CPU provider they are there in float32, attention for heads of any size. On a GPU of compute capability 9.0 weights,
  * biases, gamma, beta, frame and positions are read before the node in front has ended: they are constants of the graph.
@@ -62,7 +64,7 @@ typedef struct {
 typedef struct {
     const OrtApi *api;
     const Op *op;
-    int transposed, gelu, fast, candidates, heads, kv_heads, repeat, causal, rows;
+    int transposed, gelu, fast, candidates, heads, kv_heads, repeat, causal, rows, at, first, last;
     float scale, inverse, epsilon;
     Lane *lane;
 } Node;
@@ -97,7 +99,8 @@ static OrtStatus *create(const OrtCustomOp *base, const OrtApi *api, const OrtKe
         int *to;
     } numbers[] = {{"transposed", &node->transposed}, {"fast", &node->fast},         {"candidates", &node->candidates},
                    {"heads", &node->heads},           {"kv_heads", &node->kv_heads}, {"repeat", &node->repeat},
-                   {"causal", &node->causal},         {"rows", &node->rows}};
+                   {"causal", &node->causal},         {"rows", &node->rows},         {"at", &node->at},
+                   {"first", &node->first},           {"last", &node->last}};
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         if (given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_INT64, OrtStatus *, const OrtKernelInfo *, const char *,
                                 int64_t *)(info, numbers[i].name, &number))) {
@@ -136,7 +139,7 @@ static void destroy(void *kernel) {
 }
 
 static int optional_input(const Op *op, size_t index) { return op->kind == PACKED_ATTENTION && index == 1; }
-static int optional_output(const Op *op, size_t index) { return (op->kind == SKIP_LAYER_NORM || op->kind == EMBED) && index == 1; }
+static int optional_output(const Op *op, size_t index) { return (op->kind == SKIP_LAYER_NORM || op->kind == EMBED) && index; }
 
 /* A tensor without axes stands for an optional one that is not given. */
 static OrtStatus *input(const Node *node, OrtKernelContext *context, size_t index, Tensor *tensor) {
@@ -235,25 +238,49 @@ static OrtStatus *quantize(Node *node, OrtKernelContext *context, const Tensor i
     return code ? refused(node->api, why) : NULL;
 }
 
-static OrtStatus *skip_layer_norm(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
-    void *out = NULL, *second = NULL;
+static OrtStatus *norm_rounded(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
+    void *out = NULL, *rounded = NULL;
     char why[WHY];
     int64_t width = in[0].axes[in[0].count - 1], count = values(&in[0]);
-    int rounds = node->op->kind == SKIP_LAYER_NORM_QUANTIZE;
     if (values(&in[1]) != count || values(&in[2]) != width || values(&in[3]) != width)
         return refused(node->api, "rmt_trt: the shapes of a norm's inputs do not fit together");
     OrtStatus *status = output(node, context, 0, &in[0], &out);
-    if (!status) status = output(node, context, 1, &in[0], &second);
+    if (!status) status = output(node, context, 1, &in[0], &rounded);
     if (status || !count) return status;
     const void *const data[] = {in[0].data, in[1].data, in[2].data, in[3].data};
     if (!on_gpu(node)) {
         const float *const floats[] = {data[0], data[1], data[2], data[3]};
-        host_skip_layer_norm(floats, out, rounds ? NULL : second, rounds ? second : NULL, count / width, width,
-                             node->epsilon, node->inverse);
+        host_norm_rounded(floats, out, rounded, count / width, width, node->epsilon, node->inverse);
         return NULL;
     }
-    int code = gpu_skip_layer_norm(&node->lane, stream, node->op->input[0], data, out, rounds ? NULL : second,
-                                   rounds ? second : NULL, count / width, width, node->epsilon, node->inverse, why);
+    int code = gpu_norm_rounded(&node->lane, stream, node->op->input[0], data, out, rounded, count / width, width,
+                                node->epsilon, node->inverse, why);
+    return code ? refused(node->api, why) : NULL;
+}
+
+static OrtStatus *skip_layer_norm(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
+    const Tensor *x = &in[0], *skip = &in[1];
+    int64_t width = x->axes[2], length = x->axes[1], skips = skip->axes[1];
+    if (x->count != 3 || skip->count != 3 || skip->axes[0] != x->axes[0] || skip->axes[2] != width || width > INT_MAX ||
+        skips > INT_MAX || node->at < 0 || node->at > skips - length || node->first < 0 || node->last < node->first ||
+        node->last > length || values(&in[2]) != width || values(&in[3]) != width)
+        return refused(node->api, "rmt_trt: the shapes of a norm's inputs and its rows do not fit together");
+    const Rows rows = {x->axes[0], (int)width, (int)length, (int)skips, node->at, node->first, node->last};
+    Tensor carried = *x;
+    carried.axes[1] = node->last - node->first;
+    void *out[3] = {NULL, NULL, NULL};
+    OrtStatus *status = NULL;
+    for (size_t i = 0; i < 3 && !status; i++) status = output(node, context, i, i < 2 ? x : &carried, &out[i]);
+    if (status || !values(x)) return status;
+    const void *const data[] = {x->data, skip->data, in[2].data, in[3].data};
+    if (!on_gpu(node)) {
+        const float *const floats[] = {data[0], data[1], data[2], data[3]};
+        float *const made[] = {out[0], out[1], out[2]};
+        host_norm(floats, made, &rows, node->epsilon);
+        return NULL;
+    }
+    char why[WHY];
+    int code = gpu_norm(&node->lane, stream, node->op->input[0], data, out, &rows, node->epsilon, why);
     return code ? refused(node->api, why) : NULL;
 }
 
@@ -382,8 +409,8 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     if (status) return status;
     switch (node->op->kind) {
         case QUANTIZE: return quantize(node, context, in, stream);
-        case SKIP_LAYER_NORM:
-        case SKIP_LAYER_NORM_QUANTIZE: return skip_layer_norm(node, context, in, stream);
+        case SKIP_LAYER_NORM: return skip_layer_norm(node, context, in, stream);
+        case SKIP_LAYER_NORM_QUANTIZE: return norm_rounded(node, context, in, stream);
         case SILU_MUL:
         case SILU_MUL_QUANTIZE: return silu_mul(node, context, in, stream);
         case ROTARY: return rotary(node, context, in, stream);
@@ -427,14 +454,14 @@ static Op OPS[] = {
     {.kind = SKIP_LAYER_NORM,
      .provider = CUDA,
      .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
-     .output = {ORT_FLOAT16, ORT_FLOAT16}},
+     .output = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT}},
     {.kind = SKIP_LAYER_NORM,
      .provider = CUDA,
      .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
-     .output = {ORT_BFLOAT16, ORT_BFLOAT16}},
+     .output = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_FLOAT}},
     {.kind = SKIP_LAYER_NORM,
      .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-     .output = {ORT_FLOAT, ORT_FLOAT}},
+     .output = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT}},
     {.kind = PACKED_ATTENTION, .provider = CUDA, .input = {ORT_FLOAT16, ORT_INT32}, .output = {ORT_FLOAT16}},
     {.kind = PACKED_ATTENTION, .provider = CUDA, .input = {ORT_BFLOAT16, ORT_INT32}, .output = {ORT_BFLOAT16}},
     {.kind = PACKED_ATTENTION, .input = {ORT_FLOAT, ORT_INT32}, .output = {ORT_FLOAT}},

@@ -23,7 +23,7 @@ KINDS = {
 AXES = {
     "Linear": [2, 2, 1],
     "PackedAttention": [3, 1],
-    "SkipLayerNorm": [2, 2, 1, 1],
+    "SkipLayerNorm": [3, 3, 1, 1],
     "Embed": [3, 2, 1, 2, 2, 1, 1],
 }  # of the inputs; an output has as many as the first
 GUARD = 1 << 16  # values of NaN on either side of a tensor
@@ -48,7 +48,8 @@ class GuardedTensor:
 class GpuNode:
     """A session of one node, captured as a CUDA graph for every call's sizes.
 
-    outputs: how many it has, in `dtype`. Inputs are of the kinds that `inputs` names."""
+    outputs: how many it has, in `dtype`; `last` is another dtype of the last one. Inputs are of the kinds that `inputs`
+    names."""
 
     def __init__(
         self,
@@ -57,8 +58,10 @@ class GpuNode:
         inputs: Sequence[torch.dtype],
         dtype: torch.dtype,
         outputs: int = 1,
+        last: torch.dtype | None = None,
         **attributes: Any,
     ) -> None:
+        self._kinds = [*[dtype] * (outputs - 1), last or dtype]
         self._names = [f"in{number}" for number in range(len(inputs))], [f"out{number}" for number in range(outputs)]
         ranks = AXES[op]
         node = helper.make_node(op, *self._names, domain=native.DOMAIN, **attributes)
@@ -66,30 +69,34 @@ class GpuNode:
             [node], "one",
             [helper.make_tensor_value_info(name, KINDS[kind], [f"{name}.{axis}" for axis in range(rank)])
              for name, kind, rank in zip(self._names[0], inputs, ranks, strict=False)],
-            [helper.make_tensor_value_info(name, KINDS[dtype], [f"{name}.{axis}" for axis in range(ranks[0])])
-             for name in self._names[1]],
+            [helper.make_tensor_value_info(name, KINDS[kind], [f"{name}.{axis}" for axis in range(ranks[0])])
+             for name, kind in zip(self._names[1], self._kinds, strict=True)],
         )  # fmt: skip
         opsets = [helper.make_opsetid("", 20), helper.make_opsetid(native.DOMAIN, 1)]
         path = folder / f"{op}.onnx"
         path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
-        self._dtype, self._calls = dtype, 0
+        self._calls = 0
         self._gpu = cuda.Gpu(0)
         with self._gpu.current():
             self._session = open_session(path, self._gpu, True, {})
 
-    def __call__(self, *inputs: torch.Tensor, shape: Sequence[int]) -> list[torch.Tensor]:
-        """The outputs, each of `shape`. They are computed three times, by the run that is captured and by two replays, which
+    def __call__(
+        self, *inputs: torch.Tensor, shape: Sequence[int], last: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """The outputs, each of `shape`, the last one of `last` where that is another. They are computed three times, by the run that is captured and by two replays, which
         must give the same bits and write nothing beside them."""
         given = [GuardedTensor(value.shape, value.dtype) for value in inputs]
         for guarded, value in zip(given, inputs, strict=True):
             guarded.value.copy_(value)
-        made = [GuardedTensor(shape, self._dtype) for _ in self._names[1]]
+        shapes = [*[shape] * (len(self._kinds) - 1), last or shape]
+        made = [GuardedTensor(axes, kind) for axes, kind in zip(shapes, self._kinds, strict=True)]
         binding = self._session.io_binding()
         for name, guarded in zip(self._names[0], given, strict=True):
             value = guarded.value
             binding.bind_input(name, "cuda", 0, KINDS[value.dtype], tuple(value.shape), value.data_ptr())
         for name, guarded in zip(self._names[1], made, strict=True):
-            binding.bind_output(name, "cuda", 0, KINDS[self._dtype], tuple(shape), guarded.value.data_ptr())
+            kind, axes = KINDS[guarded.value.dtype], tuple(guarded.value.shape)
+            binding.bind_output(name, "cuda", 0, kind, axes, guarded.value.data_ptr())
         self._calls += 1
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(self._calls))

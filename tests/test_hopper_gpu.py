@@ -107,20 +107,33 @@ def test_attention_over_packed_rows(
                 check_near(found, attended(qkv, heads, causal, rows, lengths), f"{batch} documents of {length} rows")
 
 
-@pytest.mark.parametrize("total", [False, True], ids=["norm", "norm and sum"])
+@pytest.mark.parametrize("outputs", [1, 2, 3], ids=["norm", "norm and sum", "norm, sum and carried"])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_norm_of_a_sum(dtype: str, total: bool, tmp_path: Path) -> None:
+def test_a_norm_of_a_sum(dtype: str, outputs: int, tmp_path: Path) -> None:
+    """Of rows that meet some of others' rows; those that are carried are float32 of what is handed on."""
     half = HALVES[dtype]
-    with one(tmp_path, "SkipLayerNorm", [half] * 4, half, outputs=1 + total, epsilon=1e-3) as norm:
-        for width in (8, 64, 128, 768, 1024, 3072, 8192):
-            for rows in (1, 11, 509):
-                x, skip = (normal(rows, width, dtype=half, seed=seed) for seed in (0, 1))
-                gamma, beta = (normal(width, dtype=half, seed=seed) for seed in (2, 3))
-                found = norm(x, skip, gamma, beta, shape=(rows, width))
-                both = x.float() + skip.float()
-                wanted = torch.nn.functional.layer_norm(both, (width,), gamma.float(), beta.float(), 1e-3)
-                for made, right in zip(found, (wanted, both), strict=False):
-                    check_near(made, right, f"{rows} rows of {width}")
+    last = torch.float32 if outputs == 3 else None
+    for rows, others, at, span in (
+        (1, 1, 0, (0, 1)),
+        (11, 509, 0, (0, 10)),
+        (17, 544, 527, (1, 17)),
+        (509, 509, 0, (500, 509)),
+    ):
+        options = {"epsilon": 1e-3, "at": at, "first": span[0], "last": span[1]}
+        with one(tmp_path, "SkipLayerNorm", [half] * 4, half, outputs=outputs, last=last, **options) as norm:
+            for width in (8, 64, 128, 768, 1024, 2048):
+                for batch in (1, 3):
+                    x = normal(batch, rows, width, dtype=half, seed=0)
+                    skip = normal(batch, others, width, dtype=half, seed=1)
+                    gamma, beta = (normal(width, dtype=half, seed=seed) for seed in (2, 3))
+                    carried = (batch, span[1] - span[0], width) if outputs == 3 else None
+                    found = norm(x, skip, gamma, beta, shape=(batch, rows, width), last=carried)
+                    both = x.float() + skip[:, at : at + rows].float()
+                    wanted = torch.nn.functional.layer_norm(both, (width,), gamma.float(), beta.float(), 1e-3)
+                    for made, right in zip(found, (wanted, both), strict=False):
+                        check_near(made, right, f"{rows} rows of {width}")
+                    if outputs == 3:
+                        assert torch.equal(found[2], found[0][:, span[0] : span[1]].float())
 
 
 @pytest.mark.parametrize("total", [False, True], ids=["norm", "norm and rows"])

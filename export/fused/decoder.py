@@ -64,9 +64,12 @@ def decoder_step(
         last = graph.node("Expand", graph.constant([layout.length - 1], np.int32), batch)
     tail = rows_from(graph, layout.text if count is None else count, layout.memory - 1, layout.memory + 1)
     kept = None if head in WHOLE_TEXT else tail
+    carried: ir.Value | None = None
     if native is not None and native.hopper:
         value, rows = _entered(graph, native, backbone, layout, memory, segment)
-        value = hopper.decoder_layers(graph, native, backbone, value, rows, kept)
+        behind = 1 if kept is not None else layout.memory + layout.text
+        memories = (behind, behind + layout.memory) if kept is not None or count is None else None
+        value, carried = hopper.decoder_layers(graph, native, backbone, value, rows, kept, memories)
     elif native is not None:
         rows = _rows(graph, backbone, layout, memory, segment)
         value = decoder_layers(graph, native, backbone, layout.length, rows, last, separate, kept)
@@ -75,9 +78,10 @@ def decoder_step(
         value = _layers(graph, backbone, layout, rows, last, separate, kept)
 
     ends = value if kept is not None else tail.rows(graph, value)
-    written = graph.to_float(graph.slice(ends, 1, 1 + layout.memory))
+    if carried is None:
+        carried = graph.to_float(graph.slice(ends, 1, 1 + layout.memory))
     alive = None if count is None else graph.node("Greater", count, graph.constant(0))
-    hand_on(graph, spec, written, memory, alive)
+    hand_on(graph, spec, carried, memory, alive)
     _head(graph, spec, backbone, layout, value, ends, segment, head)
 
 

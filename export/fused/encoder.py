@@ -53,17 +53,20 @@ def encoder_step(
         rows = _rows(graph, config, spec, backbone, memory, segment, count)
         value = blocks.skip_norm(graph, rows, positions, None, embedding_norm, "embedding_norm")[0]
     kept = Kept(max(config.num_memory, _first(config) + 1), 0)  # of every head, so that memory is rounded alike
+    carried: ir.Value | None = None
     if native is None:
         value = _layers(graph, value, backbone, lengths, separate, kept)
     elif native.hopper:
-        value = hopper.encoder_layers(graph, native, value, backbone, lengths, kept)
+        memories = (0, config.num_memory)
+        value, carried = hopper.encoder_layers(graph, native, value, backbone, lengths, kept, memories)
     else:
         value = encoder_layers(graph, native, value, backbone, lengths, separate, kept)
 
-    written = value if kept.size == config.num_memory else graph.slice(value, 0, config.num_memory)
-    written = graph.to_float(written)
+    if carried is None:
+        carried = value if kept.size == config.num_memory else graph.slice(value, 0, config.num_memory)
+        carried = graph.to_float(carried)
     alive = None if count is None else graph.node("Greater", count, graph.constant(0, np.int32))
-    hand_on(graph, spec, written, memory, alive)
+    hand_on(graph, spec, carried, memory, alive)
     if head != "none":
         graph.output(_classes(graph, config, value, backbone), LOGITS, ir.DataType.FLOAT, ("batch", spec.num_logits))
 

@@ -15,12 +15,12 @@ from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import MICROSOFT, Graph
 from rmt_trt.export.fused.kept import Kept, rows_of
 from rmt_trt.export.fused.layers import EXACT_GELU, TANH_GELU, Backbone, CannotFuse, Layer, Linear, Norm
-from rmt_trt.export.fused.native import WIDEST, Native, linear
+from rmt_trt.export.fused.native import Native, linear
 from rmt_trt.runtime.native import DOMAIN
 
 HEAD = 64  # size of the heads that attention takes
 STEP = 64  # widths that products go through are multiples of
-ROW = 2048  # width of the rows that Embed makes, at most
+ROW = 2048  # width of the rows that norms take, at most
 
 
 def fits(backbone: Backbone) -> bool:
@@ -29,7 +29,7 @@ def fits(backbone: Backbone) -> bool:
         return False
     final = [] if backbone.final_norm is None else [backbone.final_norm]
     norms = [*final, *(norm for layer in backbone.layers for norm in (layer.norm1, layer.norm2))]
-    if any(norm.rms or norm.bias is None or norm.weight.shape[0] > WIDEST for norm in norms):
+    if any(norm.rms or norm.bias is None or norm.weight.shape[0] > ROW for norm in norms):
         return False
     matrices = [part.weight for layer in backbone.layers for part in (layer.out, layer.up, layer.down)]
     plain = all(layer.gate is None and layer.query_norm is None for layer in backbone.layers)
@@ -75,46 +75,63 @@ def memory_at(length: int, count: int) -> list[int]:
 
 
 def encoder_layers(
-    graph: Graph, native: Native, value: ir.Value, backbone: Backbone, lengths: ir.Value | None, kept: Kept
-) -> ir.Value:
-    """(batch, L, d) -> (batch, K, d) through all layers, of the last one the K rows that are kept, which are the first.
+    graph: Graph,
+    native: Native,
+    value: ir.Value,
+    backbone: Backbone,
+    lengths: ir.Value | None,
+    kept: Kept,
+    written: tuple[int, int],
+) -> tuple[ir.Value, ir.Value | None]:
+    """(batch, L, d) -> (batch, K, d) through all layers, of the last one the K rows that are kept, which are the first; and
+    those of them that are `written`, from and to, as float32, where a node gives them.
 
     Errors: CannotFuse, for a backbone that does not fit, and for thresholds of FP8."""
     _check(native, backbone)
+    carried: list[ir.Value] = []
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
-        few = kept if number + 1 == len(backbone.layers) else None
+        following = number + 1 < len(backbone.layers)
+        few = None if following else kept
         mixed = _attention(graph, native, value, layer, backbone, name, lengths, False, few)
-        (value,) = _skip_norm(graph, native, mixed, rows_of(graph, few, value), layer.norm1, name("norm1"))
+        (value,) = _skip_norm(graph, native, mixed, value, few, layer.norm1, name("norm1"))
         inner = _mlp(graph, native, value, layer, backbone.activation, name)
-        (value,) = _skip_norm(graph, native, inner, value, layer.norm2, name("norm2"))
-    return value
+        hands_on = None if following else written
+        value, *carried = _skip_norm(graph, native, inner, value, None, layer.norm2, name("norm2"), written=hands_on)
+    return value, carried[0] if carried else None
 
 
 def decoder_layers(
-    graph: Graph, native: Native, backbone: Backbone, value: ir.Value, total: ir.Value, kept: Kept | None
-) -> ir.Value:
+    graph: Graph,
+    native: Native,
+    backbone: Backbone,
+    value: ir.Value,
+    total: ir.Value,
+    kept: Kept | None,
+    written: tuple[int, int] | None,
+) -> tuple[ir.Value, ir.Value | None]:
     """The first rows, normed and as they are, (batch, L, d) -> (batch, L, d) after the final norm, or (batch, K, d) of the K
-    rows that are kept of the last layer: the last ones, or for each document its own. Every norm adds the residual that comes
-    before it.
+    rows that are kept of the last layer: the last ones, or for each document its own; and those of them that are `written`,
+    as `encoder_layers`. Every norm adds the residual that comes before it.
 
     Errors: as `encoder_layers`."""
     _check(native, backbone)
+    carried: list[ir.Value] = []
     for number, layer in enumerate(backbone.layers):
         name = Names(f"layer{number}")
         following = number + 1 < len(backbone.layers)
         few = None if following else kept
         mixed = _attention(graph, native, value, layer, backbone, name, None, True, few)
-        total = rows_of(graph, few, total)
-        value, total = _skip_norm(graph, native, mixed, total, layer.norm2, name("norm2"), total=True)
+        value, total = _skip_norm(graph, native, mixed, total, few, layer.norm2, name("norm2"), total=True)
         inner = _mlp(graph, native, value, layer, backbone.activation, name)
-        after, after_name = backbone.final_norm, "final_norm"
         if following:
             after, after_name = backbone.layers[number + 1].norm1, f"layer{number + 1}.norm1"
-        assert after is not None  # every decoder has a final norm
-        value, *totals = _skip_norm(graph, native, inner, total, after, after_name, total=following)
-        total = totals[0] if totals else total
-    return value
+            value, total = _skip_norm(graph, native, inner, total, None, after, after_name, total=True)
+        else:
+            assert backbone.final_norm is not None  # every decoder has one
+            by = backbone.final_norm
+            value, *carried = _skip_norm(graph, native, inner, total, None, by, "final_norm", written=written)
+    return value, carried[0] if carried else None
 
 
 def _check(native: Native, backbone: Backbone) -> None:
@@ -171,13 +188,22 @@ def _mlp(graph: Graph, native: Native, value: ir.Value, layer: Layer, kind: str,
 
 
 def _skip_norm(
-    graph: Graph, native: Native, value: ir.Value, skip: ir.Value, by: Norm, name: str, total: bool = False
-) -> list[ir.Value]:
-    """[norm(value + skip)], and with `total` the sum too."""
+    graph: Graph, native: Native, value: ir.Value, skip: ir.Value, kept: Kept | None, by: Norm, name: str,
+    total: bool = False, written: tuple[int, int] | None = None,
+) -> list[ir.Value]:  # fmt: skip
+    """[norm(value + skip)], of skip the rows that are kept; with `total` the sum too, and with `written` float32 of the rows
+    from and to, where a node gives it."""
     if native.by_nodes:
-        return blocks.skip_norm(graph, value, skip, None, by, name, total)
+        return blocks.skip_norm(graph, value, rows_of(graph, kept, skip), None, by, name, total)
     assert by.bias is not None  # `fits`
+    at = 0
+    if kept is not None and isinstance(kept.at, int):
+        at = kept.at
+    else:
+        skip = rows_of(graph, kept, skip)
+    first, last = written or (0, 0)
     return graph.nodes(
         "SkipLayerNorm", value, skip, graph.weight(f"{name}.weight", by.weight), graph.weight(f"{name}.bias", by.bias),
-        wanted=(True, True) if total else (True,), domain=DOMAIN, fused="skip-norm", epsilon=by.eps,
+        wanted=(True, total, written is not None), domain=DOMAIN, fused="skip-norm", epsilon=by.eps,
+        at=at, first=first, last=last,
     )  # fmt: skip
