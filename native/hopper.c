@@ -9,7 +9,8 @@
 #include "ort.h"
 
 enum { DEEP = 64, HEAD = 64, KEYS = 64, RING = 2, SHARERS = 4 }; /* k and keys of a tile; attention's STAGES and GROUPS */
-enum { WIDEST = 2048 }; /* row that a warp takes */
+enum { WIDEST = 2048 };  /* row that a warp takes */
+enum { LONGEST = 4096 }; /* k: cuBLASLt gives parts of longer sums to more multiprocessors */
 
 /* What a kernel is compiled with. */
 typedef struct {
@@ -124,7 +125,7 @@ int hopper_takes(const Lane *lane, const Product *p, const Operands *at) {
     int half = p->type == ORT_FLOAT16 || p->type == ORT_BFLOAT16;
     int aligned = ((uintptr_t)at->x | (uintptr_t)at->weight | (uintptr_t)at->out) % 16 == 0;
     return lane->capability == 90 && half && p->out == p->type && p->half == p->type && !p->transposed && p->scale == 1.0f &&
-           p->m <= INT_MAX && p->n <= INT_MAX && p->k <= INT_MAX && p->k % DEEP == 0 && p->n % 8 == 0 && aligned &&
+           p->m <= INT_MAX && p->n <= INT_MAX && p->k <= LONGEST && p->k % DEEP == 0 && p->n % 8 == 0 && aligned &&
            tiles_for(lane, p->m, p->n, p->k) >= 0;
 }
 
