@@ -1,6 +1,6 @@
 """What rmt-trt's own operators give on this GPU: products alone, and steps of BERT-base, GPT-2 and Llama with and without.
 
-    python -m rmt_trt.benchmarks.native_products [--out FOLDER] [--part products|decoders|step] [--seconds 65]
+    python -m rmt_trt.benchmarks.native_products [--out FOLDER] [--part products|decoders|step|hopper] [--seconds 65]
 
 Each part runs in a process of its own and writes `native-PART.json`; what fails is printed with its message, and the next
 one is measured. Everything is replayed from CUDA graphs that ONNX Runtime captured.
@@ -29,7 +29,7 @@ import numpy as np
 from rmt_trt.errors import require
 from rmt_trt.runtime import native
 
-PARTS = ("products", "decoders", "step")
+PARTS = ("products", "decoders", "step", "hopper")
 # How products are asked of cuBLASLt, in the order of `Setting` in native/gpu.c. Those to FP8 take the first of the others
 # that it accepts.
 SETTINGS = ("plain", "no C", "C elsewhere", "all scales", "rounded apart")
@@ -306,6 +306,7 @@ def run_part(part: str, out: Path, seconds: float) -> None:
     kinds: dict[str, list[tuple[str, int, int | None, Any]]] = {
         "step": [("bert-base", 32, None, steps.bert_cases)],
         "decoders": [("llama-1b", 8, 4, steps.llama_cases), ("gpt2-small", 32, None, steps.gpt2_cases)],
+        "hopper": [("bert-base", 16, None, steps.hopper_cases), ("gpt2-small", 16, None, steps.hopper_cases)],
     }
     rows: list[dict[str, Any]] = []
     for preset, batch, layers, cases in kinds[part]:

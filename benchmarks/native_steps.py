@@ -1,4 +1,4 @@
-"""Whole steps with rmt-trt's own operators in several ways: the parts "step" and "decoders" of `native_products`."""
+"""Whole steps with rmt-trt's own operators in several ways: the parts "step", "decoders" and "hopper" of `native_products`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from rmt_trt.benchmarks.native_products import FLOAT, INT64, Bound, Machine, distance, product_settings, settings_since
 
+CUBLASLT = 2  # of its algorithms are tried out: who asks for more than one wants no kernel of another library
 Cases = Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]
 INPUTS = {  # of each layer's products, by module
     "bert": {
@@ -37,7 +38,7 @@ class Step:
         from rmt_trt.model.step import build_model, model_spec
 
         torch.manual_seed(0)
-        self.machine, self.folder, self.batch = machine, folder, batch
+        self.machine, self.folder, self.preset, self.batch = machine, folder, preset, batch
         config = preset_config(preset)
         if layers is not None:
             config = replace(config, backbone={**config.backbone, "num_hidden_layers": layers})
@@ -195,6 +196,22 @@ def llama_cases(step: Step) -> Cases:
         for batch in (1, step.batch):
             labels = {"model": "llama-1b", "layers": len(step.backbone.layers), "variant": name, "batch": batch}
             yield labels, partial(step.measure, options, False, batch)
+
+
+def hopper_cases(step: Step) -> Cases:
+    """With kernels for compute capability 9.0 and with cuBLASLt's alone, by documents stepped together."""
+    from rmt_trt.export.fused.native import Native
+
+    few, many = Native(qkv=False, out=False, down=False, candidates=CUBLASLT), Native(candidates=CUBLASLT)
+    variants: list[tuple[str, Any, bool]] = [
+        ("kernels for 9.0", Native(hopper=True), False),
+        ("gelu", few, False),
+        ("all fp16", many, True),
+    ]
+    for batch in (1, 2, 4, 8, 16):
+        for name, options, separate in variants:
+            labels = {"model": step.preset, "variant": name, "separate": separate, "batch": batch}
+            yield labels, partial(step.measure, options, separate, batch)
 
 
 def _only(thresholds: Mapping[str, float], *products: str) -> dict[str, float]:
