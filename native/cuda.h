@@ -68,6 +68,7 @@ typedef struct {
 } LaunchAttribute; /* CUlaunchAttribute */
 
 enum { PROGRAMMATIC_STREAM_SERIALIZATION = 6 }; /* CUlaunchAttributeID */
+enum { PROGRAMMATIC_IN_GRAPHS = 12030 };        /* the first driver that captures it */
 
 typedef struct {
     unsigned grid[3], block[3], shared;
@@ -81,6 +82,7 @@ typedef struct {
     int (*CtxPushCurrent)(void *);
     int (*CtxPopCurrent)(void **);
     int (*CtxGetDevice)(int *);
+    int (*DriverGetVersion)(int *);
     int (*DeviceGetAttribute)(int *, int attribute, int device);
     int (*MemAlloc)(uint64_t *, size_t);
     int (*MemFree)(uint64_t);

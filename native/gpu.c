@@ -46,6 +46,7 @@ int entered(Lane **held, void *stream, char *why) {
         driver.DeviceGetAttribute(&major, COMPUTE_CAPABILITY_MAJOR, device);
         driver.DeviceGetAttribute(&minor, COMPUTE_CAPABILITY_MINOR, device);
         driver.DeviceGetAttribute(&lane->processors, MULTIPROCESSOR_COUNT, device);
+        driver.DriverGetVersion(&lane->version);
         lane->capability = 10 * major + minor;
         lane->next = lanes;
         lanes = lane;

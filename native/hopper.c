@@ -84,14 +84,14 @@ void hopper_dropped(Kernel *kernels) {
     }
 }
 
-/* As a programmatic dependent of what is before it on the stream. */
+/* As a programmatic dependent of what is before it on the stream, where the driver can capture that. */
 static int started(Lane *lane, void *function, const int64_t grid[3], unsigned threads, unsigned shared, void **arguments,
                    char *why) {
     for (int i = 0; i < 3; i++)
         if (grid[i] > (i ? 65535 : INT_MAX)) return fail(why, "more documents or rows than a kernel for Hopper takes", 0);
     LaunchAttribute early = {.id = PROGRAMMATIC_STREAM_SERIALIZATION, .value = 1};
     const Launch launch = {{(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]}, {threads, 1, 1}, shared, lane->stream,
-                           &early, 1};
+                           &early, lane->version >= PROGRAMMATIC_IN_GRAPHS};
     int code = driver.LaunchKernelEx(&launch, function, arguments, NULL);
     return code ? fail(why, "the driver did not start a kernel for Hopper", code) : 0;
 }

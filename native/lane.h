@@ -36,7 +36,7 @@ struct Lane {
     void *context, *stream, *handle;
     uint64_t workspace; /* and behind it a 1 in float32, and room for one more */
     Scratch *scratch;   /* the largest first; captured graphs may still use the others */
-    int capability, processors; /* 89 is 8.9; multiprocessors */
+    int capability, processors, version; /* 89 is 8.9; multiprocessors; of the driver, 13000 is 13.0 */
     void *module, *kernels[KERNEL_COUNT][2]; /* of float16 and bfloat16 */
     Plan *plans;
     Kernel *hopper;

@@ -59,6 +59,7 @@ int libraries(char *why) {
         {&driver.CtxPushCurrent, "cuCtxPushCurrent_v2"},
         {&driver.CtxPopCurrent, "cuCtxPopCurrent_v2"},
         {&driver.CtxGetDevice, "cuCtxGetDevice"},
+        {&driver.DriverGetVersion, "cuDriverGetVersion"},
         {&driver.DeviceGetAttribute, "cuDeviceGetAttribute"},
         {&driver.MemAlloc, "cuMemAlloc_v2"},
         {&driver.MemFree, "cuMemFree_v2"},
