@@ -124,7 +124,7 @@ static int tiles_for(const Lane *lane, int64_t m, int64_t n, int64_t k) {
 int hopper_takes(const Lane *lane, const Product *p, const Operands *at) {
     int half = p->type == ORT_FLOAT16 || p->type == ORT_BFLOAT16;
     int aligned = ((uintptr_t)at->x | (uintptr_t)at->weight | (uintptr_t)at->out) % 16 == 0;
-    return lane->capability == 90 && p->candidates == 1 && half && p->out == p->type && p->half == p->type && !p->transposed && p->scale == 1.0f &&
+    return lane->capability == 90 && !lane->without_hopper && p->candidates == 1 && half && p->out == p->type && p->half == p->type && !p->transposed && p->scale == 1.0f &&
            p->m <= INT_MAX && p->n <= INT_MAX && p->k <= LONGEST && p->k % DEEP == 0 && p->n % 8 == 0 && aligned &&
            tiles_for(lane, p->m, p->n, p->k) >= 0;
 }

@@ -118,12 +118,14 @@ void host_embed(const float *memory, const int64_t *segment, const int64_t *fram
                 float *rows, int64_t documents, int length, int texts, int memories, int words, int width, float epsilon) {
     for (int64_t row = 0; row < documents * length; row++) {
         int64_t document = row / length, place = -1 - frame[row % length];
-        int64_t carried = place - texts < memories ? place - texts : memories - 1;
-        const float *from = memory + (document * memories + carried) * width;
+        const float *from;
         if (place < texts) {
             int64_t token = place < 0 ? -1 - place : segment[document * texts + place];
             token = token < 0 ? 0 : token < words ? token : words - 1;
             from = in[0] + token * width;
+        } else {
+            int64_t carried = place - texts < memories ? place - texts : memories - 1;
+            from = memory + (document * memories + carried) * width;
         }
         norm_of_sum(from, in[1] + row % length * width, in[2], in[3], out + row * width, rows ? rows + row * width : NULL,
                     width, epsilon);

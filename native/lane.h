@@ -40,6 +40,7 @@ struct Lane {
     void *module, *kernels[KERNEL_COUNT][2]; /* of float16 and bfloat16 */
     Plan *plans;
     Kernel *hopper;
+    int without_hopper; /* its kernels could not be had: products are left to cuBLASLt */
     Setting setting; /* of products to FP8 that was found to work; SAME before the first */
     int users;
     Lane *next;

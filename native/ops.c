@@ -271,6 +271,8 @@ static OrtStatus *skip_layer_norm(Node *node, OrtKernelContext *context, const T
     void *out[3] = {NULL, NULL, NULL};
     OrtStatus *status = NULL;
     for (size_t i = 0; i < 3 && !status; i++) status = output(node, context, i, i < 2 ? x : &carried, &out[i]);
+    if (!status && out[2] && node->first == node->last)
+        return refused(node->api, "rmt_trt: a norm's third output is wanted, and first and last do not say of which rows");
     if (status || !values(x)) return status;
     const void *const data[] = {x->data, skip->data, in[2].data, in[3].data};
     if (!on_gpu(node)) {
@@ -363,7 +365,7 @@ static OrtStatus *embed(Node *node, OrtKernelContext *context, const Tensor in[I
     const Tensor *memory = &in[0], *segment = &in[1], *word = &in[3];
     int64_t width = memory->axes[2], length = in[2].axes[0];
     int fits = memory->count == 3 && segment->count == 2 && in[2].count == 1 && word->count == 2 && width && length &&
-               memory->axes[1] && segment->axes[0] == memory->axes[0] && word->axes[1] == width && values(&in[4]) == length * width &&
+               memory->axes[1] && word->axes[0] && segment->axes[0] == memory->axes[0] && word->axes[1] == width && values(&in[4]) == length * width &&
                values(&in[5]) == width && values(&in[6]) == width && length <= INT_MAX && segment->axes[1] <= INT_MAX &&
                memory->axes[1] <= INT_MAX && word->axes[0] <= INT_MAX && width <= INT_MAX;
     if (!fits) return refused(node->api, "rmt_trt: the shapes of a step's memory, segment, frame and tables do not fit together");

@@ -206,9 +206,11 @@ int gpu_product(Lane **held, void *stream, const Product *product, const Operand
     pthread_mutex_lock(&gpu_lock);
     int code = entered(held, stream, why);
     if (!code && hopper_takes(*held, product, at)) {
-        code = hopper_product(*held, product, at, why);
-        pthread_mutex_unlock(&gpu_lock);
-        return code;
+        if (hopper_product(*held, product, at, why) == 0) {
+            pthread_mutex_unlock(&gpu_lock);
+            return 0;
+        }
+        (*held)->without_hopper = 1;
     }
     Plan *plan = code ? NULL : planned(*held, product, at, why);
     if (plan) {

@@ -78,7 +78,7 @@ class GraphEntry:
                 f"graph {self.file!r}: min_batch is {self.min_batch!r}; expected a whole number from 1 on"
             )
         object.__setattr__(self, "data", tuple(self.data))
-        object.__setattr__(self, "needs", _needs(self.needs, self.file))
+        object.__setattr__(self, "needs", _needs(self.needs, self.file, self.engine))
         allowed = {"role": ROLES, "engine": ENGINES, "dtype": DTYPES, "head": HEADS}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -176,13 +176,19 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def _needs(needs: Any, file: str) -> tuple[str, ...]:
+def _needs(needs: Any, file: str, engine: Any) -> tuple[str, ...]:
     if not isinstance(needs, (tuple, list)) or not all(isinstance(name, str) for name in needs):
         raise FormatError(f"graph {file!r}: needs is {needs!r}; expected a list of names")
     if unknown := sorted(set(needs) - set(NEEDS)):
+        named = ", ".join(f"{name:.80}" for name in unknown[:3]) + (" and others" if len(unknown) > 3 else "")
         raise FormatError(
-            f"graph {file!r} needs {', '.join(unknown)}, which this rmt-trt {rmt_trt.__version__} does not know: the bundle "
+            f"graph {file!r} needs {named}, which this rmt-trt {rmt_trt.__version__} does not know: the bundle "
             f"was made by a newer rmt-trt. Update it: pip install --upgrade rmt-trt"
+        )
+    if "hopper" in needs and ("native" not in needs or engine != "cuda"):
+        raise FormatError(
+            f"graph {file!r} is for the engine {engine!r:.80} and needs {', '.join(sorted(set(needs)))}; kernels for Hopper are "
+            f"rmt-trt's own operators for the engine 'cuda', and come with the need 'native'. Export the graphs again"
         )
     return tuple(sorted(set(needs)))
 
