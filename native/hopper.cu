@@ -71,6 +71,13 @@ static __device__ __forceinline__ void await_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(under_way) : "memory");
 }
 
+// Nothing reads these registers before what has been waited for, whatever the compiler moves.
+template <int count>
+static __device__ __forceinline__ void settled(float (&values)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; i++) asm volatile("" : "+f"(values[i]));
+}
+
 // Operands of asm: places, and registers.
 #define P0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define P32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
@@ -182,8 +189,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
         sum[4 * j] = sum[4 * j + 2] = wide((Bits)both);
         sum[4 * j + 1] = sum[4 * j + 3] = wide((Bits)(both >> 16));
     }
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 2; i++) asm volatile("" : "+f"(sum[i])); // each in a register of its own by now
+    settled(sum); // each in a register of its own
     asm volatile("bar.sync 1, %0;" ::"n"(WORKERS + 32) : "memory");
     for (int i = 0; i < steps; i++) {
         u32 at = base + i % STAGES * (X_BYTES + W_BYTES);
@@ -198,6 +204,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1)
         if (i > 0 && lane == 0) arrive(empty0 + 8 * ((i - 1) % STAGES));
     }
     await_products<0>();
+    settled(sum);
 
     // Behind the ring is a place for the result, from where whole rows are written.
     int first = warp * 16;
@@ -379,16 +386,18 @@ extern "C" __global__ void __launch_bounds__(WORKERS, 1)
     if (count > 0) {
         ask(0);
         await_products<0>();
+        settled(s);
         raise(0);
         round();
         for (int i = 1; i < count; i++) {
             ask(i);
             weigh_values(i - 1);
             await_products<1>(); // the scores, which were asked for first
+            settled(s);
             raise(i);
-#pragma unroll
-            for (int j = 0; j < 32; j++) asm volatile("" : "+f"(s[j])); // before what follows is waited for
+            settled(s); // before what follows is waited for
             await_products<0>();
+            settled(sum);
             if (i - 1 + STAGES < count) {
                 u32 bar = empty0 + 8 * ((i - 1) % STAGES);
                 if (lane == 0) arrive(bar);
@@ -404,6 +413,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS, 1)
         }
         weigh_values(count - 1);
         await_products<0>();
+        settled(sum);
     }
 
     // The groups' parts are put together where the tiles lay: all are used.
