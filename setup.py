@@ -65,7 +65,11 @@ EXTRAS["dev"] = [
 ]
 
 
-KERNELS = ["kernels", "hopper"]  # of native/, in CUDA C++
+# Sources in CUDA C++ of native/, by the string that holds them.
+KERNELS = {
+    "kernels": ["kernels.cu"],
+    "hopper": [f"hopper/{part}.cu" for part in ("common", "product", "attention", "rows")],
+}
 
 
 class BuildNative(build_ext):
@@ -76,8 +80,8 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         made = Path(self.build_temp)
         made.mkdir(parents=True, exist_ok=True)
-        for name in KERNELS:
-            lines = (HERE / f"native/{name}.cu").read_text(encoding="ascii").splitlines()
+        for name, parts in KERNELS.items():
+            lines = "".join((HERE / "native" / part).read_text(encoding="ascii") for part in parts).splitlines()
             quoted = ['"' + line.replace("\\", "\\\\").replace('"', '\\"') + '\\n"' for line in lines]
             declared = f"static const char {name.upper()}[] ="
             (made / f"{name}.h").write_text("\n".join([declared, *quoted, ";", ""]), encoding="ascii")
@@ -92,7 +96,10 @@ class BuildNative(build_ext):
 NATIVE = Extension(
     "rmt_trt.runtime._native",
     sources=[f"native/{name}.c" for name in ("ops", "gpu", "products", "hopper", "compile", "libraries", "host")],
-    depends=[*(f"native/{name}.h" for name in ("cuda", "gpu", "host", "lane", "ort")), *(f"native/{name}.cu" for name in KERNELS)],
+    depends=[
+        *(f"native/{name}.h" for name in ("cuda", "gpu", "host", "lane", "ort")),
+        *(f"native/{part}" for parts in KERNELS.values() for part in parts),
+    ],
     extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden"],
     libraries=["m", "dl", "pthread"],
     py_limited_api=True,  # it uses nothing of Python: one file for every version

@@ -23,11 +23,13 @@ struct Kernel {
     Kernel *next;
 };
 
-/* Tiles of a product, and what they took on an H200, in nanoseconds: a step of 64 of k, and what comes behind the steps. */
+/* Tiles of a product, and what they take on an H200, about, in nanoseconds: a step of 64 of k, and what comes behind the
+ * steps. */
 static const struct {
     int rows, columns, stages, step, behind;
 } TILES[] = {{64, 64, 8, 155, 500}, {64, 96, 6, 185, 700}, {128, 96, 6, 275, 900}, {128, 128, 5, 320, 1150}};
 enum { TILES_COUNT = sizeof TILES / sizeof *TILES };
+static int64_t products_started[TILES_COUNT];
 
 static int compiled_for(Lane *lane, const Macros *macros, unsigned shared, void **function, char *why) {
     for (Kernel *kernel = lane->hopper; kernel; kernel = kernel->next)
@@ -57,7 +59,7 @@ static int compiled_for(Lane *lane, const Macros *macros, unsigned shared, void 
     kernel->macros = *macros;
     if (built(HOPPER, "hopper.cu", options, &kernel->module, why)) {
         free(kernel);
-        return -1;
+        return ABSENT;
     }
     const char *name = macros->product     ? "rmt_product"
                        : macros->attention ? "rmt_attention"
@@ -124,8 +126,9 @@ static int tiles_for(const Lane *lane, int64_t m, int64_t n, int64_t k) {
 int hopper_takes(const Lane *lane, const Product *p, const Operands *at) {
     int half = p->type == ORT_FLOAT16 || p->type == ORT_BFLOAT16;
     int aligned = ((uintptr_t)at->x | (uintptr_t)at->weight | (uintptr_t)at->out) % 16 == 0;
-    return lane->capability == 90 && !lane->without_hopper && p->candidates == 1 && half && p->out == p->type && p->half == p->type && !p->transposed && p->scale == 1.0f &&
-           p->m <= INT_MAX && p->n <= INT_MAX && p->k <= LONGEST && p->k % DEEP == 0 && p->n % 8 == 0 && aligned &&
+    int plain = half && p->out == p->type && p->half == p->type && !p->transposed && p->scale == 1.0f && p->candidates == 1;
+    int sized = p->m <= INT_MAX && p->n <= INT_MAX && p->k <= LONGEST && p->k % DEEP == 0 && p->n % 8 == 0;
+    return lane->capability == 90 && !lane->without_hopper && plain && sized && aligned &&
            tiles_for(lane, p->m, p->n, p->k) >= 0;
 }
 
@@ -133,19 +136,29 @@ int hopper_product(Lane *lane, const Product *p, const Operands *at, char *why) 
     int tile = tiles_for(lane, p->m, p->n, p->k), rows = TILES[tile].rows, columns = TILES[tile].columns;
     const Macros macros = {.product = 1, .bfloat = p->type == ORT_BFLOAT16, .rows = rows, .columns = columns,
                            .stages = TILES[tile].stages, .gelu = p->gelu};
-    unsigned shared = (unsigned)(1024 + macros.stages * (rows + columns) * DEEP * 2 + rows * (columns * 2 + 16)), box = columns % 64 ? 32 : 64;
+    int ring = macros.stages * (rows + columns) * DEEP * 2, made = rows * (columns * 2 + 16);
+    unsigned shared = (unsigned)(1024 + ring + made), box = columns % 64 ? 32 : 64;
     void *function;
     TensorMap x, w;
     const uint64_t x_sizes[] = {(uint64_t)p->k, (uint64_t)p->m}, w_sizes[] = {(uint64_t)p->n, (uint64_t)p->k};
     const unsigned x_box[] = {DEEP, (unsigned)rows}, w_box[] = {box, DEEP};
-    if (compiled_for(lane, &macros, shared, &function, why) ||
-        mapped(&x, p->type, 2, at->x, x_sizes, x_box, SWIZZLE_128B, why) ||
+    int code = compiled_for(lane, &macros, shared, &function, why);
+    if (code) return code;
+    if (mapped(&x, p->type, 2, at->x, x_sizes, x_box, SWIZZLE_128B, why) ||
         mapped(&w, p->type, 2, at->weight, w_sizes, w_box, box == 64 ? SWIZZLE_128B : SWIZZLE_64B, why))
         return -1;
     int m = (int)p->m, n = (int)p->n, k = (int)p->k;
     void *arguments[] = {&x, &w, (void *)&at->bias, (void *)&at->out, &m, &n, &k};
     const int64_t grid[] = {over(n, columns), over(m, rows), 1};
-    return started(lane, function, grid, (unsigned)(rows / 64 * 128 + 32), shared, arguments, why);
+    code = started(lane, function, grid, (unsigned)(rows / 64 * 128 + 32), shared, arguments, why);
+    if (!code) products_started[tile]++;
+    return code;
+}
+
+__attribute__((visibility("default"))) void rmt_hopper_products(int64_t counts[TILES_COUNT]) {
+    pthread_mutex_lock(&gpu_lock);
+    memcpy(counts, products_started, sizeof products_started);
+    pthread_mutex_unlock(&gpu_lock);
 }
 
 /* The lane of a stream, on a GPU that these kernels are for. */

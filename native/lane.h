@@ -68,7 +68,8 @@ int libraries(char *why);
 int capturing(void *stream);
 int entered(Lane **held, void *stream, char *why);
 int compiled(Lane *lane, char *why);
-/* A module of a source for this architecture ("sm_90a") with these options, the last NULL. */
+
+/* compile.c: a module of a source with these options, the last NULL. */
 int built(const char *source, const char *name, const char *const *options, void **module, char *why);
 int rounding(Lane *lane, int type, const void *in, void *out, int64_t count, float inverse, const float *by);
 
@@ -76,8 +77,9 @@ int rounding(Lane *lane, int type, const void *in, void *out, int64_t count, flo
 void plans_dropped(Plan *plans);
 
 /* hopper.c: kernels for compute capability 9.0. Whether a product is one for them, and how they are started. */
+enum { ABSENT = 1 };
 int hopper_takes(const Lane *lane, const Product *product, const Operands *at);
-int hopper_product(Lane *lane, const Product *product, const Operands *at, char *why);
+int hopper_product(Lane *lane, const Product *product, const Operands *at, char *why); /* ABSENT: there is no kernel */
 void hopper_dropped(Kernel *kernels);
 
 #endif

@@ -206,11 +206,13 @@ int gpu_product(Lane **held, void *stream, const Product *product, const Operand
     pthread_mutex_lock(&gpu_lock);
     int code = entered(held, stream, why);
     if (!code && hopper_takes(*held, product, at)) {
-        if (hopper_product(*held, product, at, why) == 0) {
+        code = hopper_product(*held, product, at, why);
+        if (code != ABSENT) {
             pthread_mutex_unlock(&gpu_lock);
-            return 0;
+            return code;
         }
-        (*held)->without_hopper = 1;
+        (*held)->without_hopper = 1; /* NVRTC is missing, or too old */
+        code = 0;
     }
     Plan *plan = code ? NULL : planned(*held, product, at, why);
     if (plan) {

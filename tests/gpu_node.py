@@ -48,7 +48,7 @@ class GuardedTensor:
 class GpuNode:
     """A session of one node, captured as a CUDA graph for every call's sizes.
 
-    outputs: how many it has, in `dtype`; `last` is another dtype of the last one. Inputs are of the kinds that `inputs`
+    outputs: how many it has, in `dtype`; `last_dtype` is another of the last one. Inputs are of the kinds that `inputs`
     names."""
 
     def __init__(
@@ -58,10 +58,10 @@ class GpuNode:
         inputs: Sequence[torch.dtype],
         dtype: torch.dtype,
         outputs: int = 1,
-        last: torch.dtype | None = None,
+        last_dtype: torch.dtype | None = None,
         **attributes: Any,
     ) -> None:
-        self._kinds = [*[dtype] * (outputs - 1), last or dtype]
+        self._kinds = [*[dtype] * (outputs - 1), last_dtype or dtype]
         self._names = [f"in{number}" for number in range(len(inputs))], [f"out{number}" for number in range(outputs)]
         ranks = AXES[op]
         node = helper.make_node(op, *self._names, domain=native.DOMAIN, **attributes)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from rmt_trt.export.verify import TOLERANCES, random_document, relative_error
 from rmt_trt.model.checkpoint import LoadedModel
 from rmt_trt.model.recurrence import recurrence
 from rmt_trt.model.step import RMTModel, model_spec
+from rmt_trt.runtime import native
 from rmt_trt.runtime.engines.cuda import CudaEngine
 
 pytestmark = pytest.mark.gpu
@@ -45,8 +47,15 @@ def one(folder: Path, op: str, inputs: list[torch.dtype], dtype: torch.dtype, **
         node.close()
 
 
-ROWS = (1, 11, 64, 300, 512, 1000)
-SIZES = ((64, 8), (64, 64), (128, 72), (192, 128), (320, 1000), (768, 768), (768, 2304), (768, 3072), (3072, 768))
+ROWS = (1, 11, 64, 300, 512, 519, 1000)
+SIZES = ((64, 8), (64, 64), (128, 72), (192, 128), (320, 1000), (768, 768), (768, 2304), (768, 3072), (3072, 768), (4096, 64))
+
+
+def products_started() -> list[int]:
+    """How many products of each size of tiles this process has started by kernels of our own."""
+    counts = (ctypes.c_int64 * 4)()
+    ctypes.CDLL(str(native.library())).rmt_hopper_products(counts)
+    return list(counts)
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu"])
@@ -63,6 +72,7 @@ def test_a_product_has_its_bias_and_tanh_gelu(dtype: str, activation: str, tmp_p
                 if activation == "gelu":
                     wanted = torch.nn.functional.gelu(wanted, approximate="tanh")
                 check_near(found, wanted, f"{m} rows, {k} to {n}")
+    assert all(count > 0 for count in products_started()), "tiles of some size were never taken"
 
 
 def attended(qkv: torch.Tensor, heads: int, causal: bool, rows: int, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -120,7 +130,7 @@ def test_a_norm_of_a_sum(dtype: str, outputs: int, tmp_path: Path) -> None:
         (509, 509, 0, (500, 509)),
     ):
         options = {"epsilon": 1e-3, "at": at, "first": span[0], "last": span[1]}
-        with one(tmp_path, "SkipLayerNorm", [half] * 4, half, outputs=outputs, last=last, **options) as norm:
+        with one(tmp_path, "SkipLayerNorm", [half] * 4, half, outputs=outputs, last_dtype=last, **options) as norm:
             for width in (8, 64, 128, 768, 1024, 2048):
                 for batch in (1, 3):
                     x = normal(batch, rows, width, dtype=half, seed=0)

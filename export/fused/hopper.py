@@ -27,8 +27,8 @@ def fits(backbone: Backbone) -> bool:
     """Whether the kernels take a backbone: attention without rotary positions, an MLP without a gate, one behind the other."""
     if backbone.rotary is not None or backbone.parallel or backbone.head_size != HEAD:
         return False
-    final = [] if backbone.final_norm is None else [backbone.final_norm]
-    norms = [*final, *(norm for layer in backbone.layers for norm in (layer.norm1, layer.norm2))]
+    once = [norm for norm in (backbone.embedding_norm, backbone.final_norm) if norm is not None]
+    norms = [*once, *(norm for layer in backbone.layers for norm in (layer.norm1, layer.norm2))]
     if any(norm.rms or norm.bias is None or norm.weight.shape[0] > ROW for norm in norms):
         return False
     matrices = [part.weight for layer in backbone.layers for part in (layer.out, layer.up, layer.down)]

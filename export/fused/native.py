@@ -34,7 +34,8 @@ class Native:
                 every head of queries, or over "grouped" heads; "" leaves them to GroupQueryAttention
     gated       a gated MLP's first two products are one, with their activation in one node behind it
     packed      query, key and value in FP8 are one product where nothing is masked, not three
-    candidates  how many of cuBLASLt's algorithms are tried out for a product; 1 takes the first that it proposes
+    candidates  how many of cuBLASLt's algorithms are tried out for a product; 1 takes the first that it proposes, or on
+                compute capability 9.0 a kernel of our own where the product is small
     by_nodes    writes what is not FP8 as the nodes of ONNX Runtime that it stands for
     hopper      attention and norms are nodes of our own too, for compute capability 9.0, and so are all products
     """

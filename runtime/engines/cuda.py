@@ -177,7 +177,8 @@ class CudaEngine:
             return f"native products, from {native.library()}{more}"
         if native.NEED not in made:
             return "ONNX Runtime's products; the bundle has no native ones"
-        return f"ONNX Runtime's products; the bundle's native ones are not used: {native.unused()}"
+        reason = native.unused() or native.lacking([native.HOPPER], self._device)
+        return f"ONNX Runtime's products; the bundle's native ones are not used: {reason}"
 
     @on_worker
     def _open(self) -> None:
