@@ -70,6 +70,6 @@ $(VENV)/files: $(VENV)/installed FORCE
 	@find $(ROOMS) -name '*.py' | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
-$(VENV)/linked: $(VENV)/files setup.py $(wildcard native/*)
+$(VENV)/linked: $(VENV)/files setup.py $(wildcard native/*.* native/*/*)
 	@$(PIP) install --no-deps --no-build-isolation $(EDITABLE) .
 	@touch $@

@@ -68,7 +68,7 @@ EXTRAS["dev"] = [
 # Sources in CUDA C++ of native/, by the string that holds them.
 KERNELS = {
     "kernels": ["kernels.cu"],
-    "hopper": [f"hopper/{part}.cu" for part in ("common", "product", "attention", "rows")],
+    "hopper": [f"sm90/{part}.cu" for part in ("common", "product", "attention", "rows")],
 }
 
 

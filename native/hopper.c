@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "hopper.h" /* made at build: hopper.cu as the string HOPPER */
+#include "hopper.h" /* made at build: sm90/ as the string HOPPER */
 #include "lane.h"
 #include "ort.h"
 
