@@ -117,7 +117,7 @@ def test_a_source_distribution_holds_the_operators_sources(tree, root, tmp_path)
     (archive,) = (tmp_path / "made").glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
-    assert {f"native/{path.name}" for path in (root / "native").iterdir()} <= names
+    assert {str(path.relative_to(root)) for path in (root / "native").rglob("*") if path.is_file()} <= names
 
 
 @pytest.mark.slow
