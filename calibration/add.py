@@ -152,7 +152,7 @@ def add_without_data(
     if dtype in BITS:
         about = {"method": f"weights alone, blocks of {BLOCK}", "weights": f"int{BITS[dtype]}"}
         about["activations"] = "float16" if engine == "cuda" else "float32"
-    about |= {**({"untried": UNTRIED} if engine == "cuda" else {}), "kept": sorted(keep), **(record or {})}
+    about |= {"kept": sorted(keep), **(record or {})}
 
     def write(bundle: Bundle, path: Path) -> GraphEntry:
         if engine == "cuda":
