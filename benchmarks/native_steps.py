@@ -12,7 +12,7 @@ from typing import Any
 
 from rmt_trt.benchmarks.native_products import FLOAT, INT64, Bound, Machine, distance, product_settings, settings_since
 
-CUBLASLT = 2  # of its algorithms are tried out: who asks for more than one wants no kernel of another library
+CUBLASLT = 2  # of its algorithms are tried out: with more than one, no product is by a kernel of our own
 Cases = Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]
 INPUTS = {  # of each layer's products, by module
     "bert": {

@@ -32,6 +32,11 @@ def run(op: str, *inputs: np.ndarray, outputs: tuple[int, ...] = (TensorProto.FL
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, [f"{n}.{i}" for i in range(v.ndim)]) for n, v in feeds.items()],
         [helper.make_tensor_value_info(f"{name}.out", TensorProto.FLOAT, None) for name in made],
     )  # fmt: skip
+    return outputs_of(graph, feeds)
+
+
+def outputs_of(graph: Any, feeds: dict[str, np.ndarray]) -> list[Any]:
+    """Runs a graph with nodes of ours on the CPU provider."""
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(native.DOMAIN, 1)]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

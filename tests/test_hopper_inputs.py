@@ -7,10 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from hardware import require_native
-from native_nodes import normal, run
+from native_nodes import normal, outputs_of, run
 from onnx import TensorProto, helper
 
 from rmt_trt.bundle import GraphEntry
@@ -39,13 +38,7 @@ def session_of(op: str, inputs: list[np.ndarray], outputs: list[str], **attribut
         [helper.make_tensor_value_info(name, KINDS[value.dtype], None) for name, value in zip(names, inputs, strict=True)],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs if name],
     )  # fmt: skip
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(native.DOMAIN, 1)]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    native.register(options)
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, dict(zip(names, inputs, strict=True))))
+    return outputs_of(graph, dict(zip(names, inputs, strict=True)))
 
 
 def embedded(**changes: Any) -> list[Any]:
