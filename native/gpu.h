@@ -30,16 +30,17 @@ int gpu_quantize(Lane **lane, void *stream, int type, const void *in, void *out,
 /* The norm of in[0] + in[1]; rounded is E4M3(out * inverse). */
 int gpu_norm_rounded(Lane **lane, void *stream, int type, const void *const in[4], void *out, void *rounded, int64_t rows,
                      int64_t width, float epsilon, float inverse, char *why);
-/* Rows of documents: `length` of each in in[0] and out, `skips` in in[1], where they meet those from `at` on. `first` to
- * `last` are carried. */
+/* Rows of documents: `length` of each in a product and its norm, `skips` in what is added, where they meet those from `at`
+ * on. `first` to `last` are carried. */
 typedef struct {
     int64_t documents;
     int width, length, skips, at, first, last;
 } Rows;
 
-/* The norm of in[0] + in[1]. out: it, the sum itself, and float32 of the rows that are carried; the last two may be NULL. */
-int gpu_norm(Lane **lane, void *stream, int type, const void *const in[4], void *const out[3], const Rows *rows,
-             float epsilon, char *why);
+/* The norm of a product in half precision and in[0], with in[1] and in[2] as its weight and bias; `at` has no place for the
+ * product itself. out: the norm, the sum, and float32 of the rows that are carried; the last two may be NULL. */
+int gpu_product_norm(Lane **lane, void *stream, const Product *product, const Operands *at, const void *const in[3],
+                     void *const out[3], const Rows *rows, float epsilon, char *why);
 /* Attention over rows of queries, keys and values, for `asked` queries of each document: its first ones, or where causal
  * its last. lengths, on the device, or NULL. */
 typedef struct {

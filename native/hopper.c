@@ -11,10 +11,11 @@
 enum { DEEP = 64, HEAD = 64, KEYS = 64, RING = 2, SHARERS = 4 }; /* k and keys of a tile; attention's STAGES and GROUPS */
 enum { WIDEST = 2048 };  /* row that a warp takes */
 enum { LONGEST = 4096 }; /* k: cuBLASLt gives parts of longer sums to more multiprocessors */
+enum { MOST_PARTS = 4 }; /* of k, where a norm adds them */
 
 /* What a kernel is compiled with. */
 typedef struct {
-    int product, attention, norm, embed, bfloat, rows, columns, stages, gelu, groups, causal, vectors;
+    int product, attention, norm, embed, bfloat, rows, columns, stages, gelu, groups, causal, once, vectors, full, parts;
 } Macros;
 
 struct Kernel {
@@ -23,13 +24,14 @@ struct Kernel {
     Kernel *next;
 };
 
-/* Tiles of a product, and what they take on an H200, about, in nanoseconds: a step of 64 of k, and what comes behind the
- * steps. */
+/* Tiles of a product, and what they take on an H200, about, in nanoseconds: a step of 64 of k, and what comes before and
+ * behind the steps. A norm takes EACH_PART longer for a part more. */
 static const struct {
-    int rows, columns, stages, step, behind;
-} TILES[] = {{64, 64, 8, 155, 500}, {64, 96, 6, 185, 700}, {128, 96, 6, 275, 900}, {128, 128, 5, 320, 1150}};
+    int rows, columns, stages, step, apart;
+} TILES[] = {{64, 64, 8, 135, 1250}, {64, 96, 6, 200, 1500}, {128, 64, 8, 180, 1850}, {128, 96, 6, 255, 1600}, {128, 128, 5, 330, 1900}};
+enum { EACH_PART = 480 };
 enum { TILES_COUNT = sizeof TILES / sizeof *TILES };
-static int64_t products_started[TILES_COUNT];
+static int64_t products_started[TILES_COUNT + 1]; /* the last: in more than one part */
 
 static int compiled_for(Lane *lane, const Macros *macros, unsigned shared, void **function, char *why) {
     for (Kernel *kernel = lane->hopper; kernel; kernel = kernel->next)
@@ -45,7 +47,8 @@ static int compiled_for(Lane *lane, const Macros *macros, unsigned shared, void 
                    {"EMBED", macros->embed},
                    {"BFLOAT", macros->bfloat},   {"ROWS", macros->rows},           {"COLUMNS", macros->columns},
                    {"STAGES", macros->stages},   {"GELU", macros->gelu},           {"GROUPS", macros->groups},
-                   {"CAUSAL", macros->causal},   {"VECTORS", macros->vectors}};
+                   {"CAUSAL", macros->causal},   {"ONCE", macros->once},         {"VECTORS", macros->vectors},
+                   {"FULL", macros->full},       {"PARTS", macros->parts}};
     enum { COUNT = sizeof defined / sizeof *defined };
     char written[COUNT][32];
     const char *options[COUNT + 2] = {"--gpu-architecture=sm_90a"};
@@ -110,32 +113,34 @@ static int mapped(TensorMap *map, int type, int axes, const void *at, const uint
 
 static int64_t over(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
-/* The tiles that are done first, of those for which a multiprocessor each is there; -1 where there are none. */
-static int tiles_for(const Lane *lane, int64_t m, int64_t n, int64_t k) {
-    int best = -1;
-    int64_t shortest = INT64_MAX;
-    for (int i = 0; i < TILES_COUNT; i++) {
-        int64_t spent = k / DEEP * TILES[i].step + TILES[i].behind;
-        if (over(m, TILES[i].rows) * over(n, TILES[i].columns) > lane->processors || spent >= shortest) continue;
-        shortest = spent;
-        best = i;
-    }
+/* What is done first, of what has a multiprocessor for each block. */
+static Way way_for(const Lane *lane, int64_t m, int64_t n, int64_t k, int most) {
+    Way best = {-1, 1};
+    int64_t shortest = INT64_MAX, steps = k / DEEP;
+    for (int i = 0; i < TILES_COUNT; i++)
+        for (int parts = 1; parts <= most && parts <= steps; parts++) {
+            int64_t blocks = over(m, TILES[i].rows) * over(n, TILES[i].columns) * parts;
+            int64_t spent = over(steps, parts) * TILES[i].step + TILES[i].apart + (parts - 1) * EACH_PART;
+            if (blocks > lane->processors || spent >= shortest) continue;
+            shortest = spent;
+            best = (Way){i, parts};
+        }
     return best;
 }
 
-int hopper_takes(const Lane *lane, const Product *p, const Operands *at) {
+Way hopper_way(const Lane *lane, const Product *p, const Operands *at, int most) {
     int half = p->type == ORT_FLOAT16 || p->type == ORT_BFLOAT16;
     int aligned = ((uintptr_t)at->x | (uintptr_t)at->weight | (uintptr_t)at->out) % 16 == 0;
     int plain = half && p->out == p->type && p->half == p->type && !p->transposed && p->scale == 1.0f && p->candidates == 1;
     int sized = p->m <= INT_MAX && p->n <= INT_MAX && p->k <= LONGEST && p->k % DEEP == 0 && p->n % 8 == 0;
-    return lane->capability == 90 && !lane->without_hopper && plain && sized && aligned &&
-           tiles_for(lane, p->m, p->n, p->k) >= 0;
+    if (lane->capability != 90 || lane->without_hopper || !plain || !sized || !aligned) return (Way){-1, 1};
+    return way_for(lane, p->m, p->n, p->k, most);
 }
 
-int hopper_product(Lane *lane, const Product *p, const Operands *at, char *why) {
-    int tile = tiles_for(lane, p->m, p->n, p->k), rows = TILES[tile].rows, columns = TILES[tile].columns;
+int hopper_product(Lane *lane, const Product *p, const Operands *at, Way way, char *why) {
+    int rows = TILES[way.tile].rows, columns = TILES[way.tile].columns;
     const Macros macros = {.product = 1, .bfloat = p->type == ORT_BFLOAT16, .rows = rows, .columns = columns,
-                           .stages = TILES[tile].stages, .gelu = p->gelu};
+                           .stages = TILES[way.tile].stages, .gelu = p->gelu};
     int ring = macros.stages * (rows + columns) * DEEP * 2, made = rows * (columns * 2 + 16);
     unsigned shared = (unsigned)(1024 + ring + made), box = columns % 64 ? 32 : 64;
     void *function;
@@ -149,13 +154,14 @@ int hopper_product(Lane *lane, const Product *p, const Operands *at, char *why) 
         return -1;
     int m = (int)p->m, n = (int)p->n, k = (int)p->k;
     void *arguments[] = {&x, &w, (void *)&at->bias, (void *)&at->out, &m, &n, &k};
-    const int64_t grid[] = {over(n, columns), over(m, rows), 1};
-    code = started(lane, function, grid, (unsigned)(rows / 64 * 128 + 32), shared, arguments, why);
-    if (!code) products_started[tile]++;
+    const int64_t grid[] = {over(n, columns), over(m, rows), way.parts};
+    code = started(lane, function, grid, (unsigned)(rows / 64 * 128 + 64), shared, arguments, why);
+    if (!code) products_started[way.tile]++;
+    if (!code && way.parts > 1) products_started[TILES_COUNT]++;
     return code;
 }
 
-__attribute__((visibility("default"))) void rmt_hopper_products(int64_t counts[TILES_COUNT]) {
+__attribute__((visibility("default"))) void rmt_hopper_products(int64_t counts[TILES_COUNT + 1]) {
     pthread_mutex_lock(&gpu_lock);
     memcpy(counts, products_started, sizeof products_started);
     pthread_mutex_unlock(&gpu_lock);
@@ -170,14 +176,16 @@ static int hopper(Lane **held, void *stream, char *why) {
     return -1;
 }
 
-static int normed(Lane *lane, int type, const void *const in[4], void *const out[3], const Rows *rows, float epsilon,
-                char *why) {
-    const Macros macros = {.norm = 1, .bfloat = type == ORT_BFLOAT16, .vectors = (int)over(rows->width, 256)};
+/* The norm of `parts` of a product, one behind the other, and a residual: in is these, the residual, gamma and beta. */
+static int normed(Lane *lane, int type, const void *const in[4], int parts, void *const out[3], const Rows *rows,
+                  float epsilon, char *why) {
+    int vectors = (int)over(rows->width, 256);
+    const Macros macros = {.norm = 1, .bfloat = type == ORT_BFLOAT16, .vectors = vectors,
+                           .full = rows->width == 256 * vectors, .parts = parts};
     void *function;
     int64_t all = rows->documents * rows->length;
-    if (compiled_for(lane, &macros, 0, &function, why)) return -1;
-    if (!all) return 0;
     if (all > INT_MAX) return fail(why, "more rows than a norm takes", 0);
+    if (compiled_for(lane, &macros, 0, &function, why)) return -1;
     int count = (int)all, width = rows->width, length = rows->length, skips = rows->skips, at = rows->at,
         first = rows->first, last = rows->last;
     void *arguments[] = {(void *)&in[0],  (void *)&in[1],  (void *)&in[2], (void *)&in[3], (void *)&out[0],
@@ -187,17 +195,27 @@ static int normed(Lane *lane, int type, const void *const in[4], void *const out
     return started(lane, function, grid, 128, 0, arguments, why);
 }
 
-int gpu_norm(Lane **held, void *stream, int type, const void *const in[4], void *const out[3], const Rows *rows,
-             float epsilon, char *why) {
+int gpu_product_norm(Lane **held, void *stream, const Product *product, const Operands *at, const void *const in[3],
+                     void *const out[3], const Rows *rows, float epsilon, char *why) {
     if (rows->width % 8 || rows->width > WIDEST) {
         snprintf(why, WHY, "rows of %d values; expected a multiple of 8, %d at most", rows->width, WIDEST);
         return -1;
     }
     pthread_mutex_lock(&gpu_lock);
     int code = hopper(held, stream, why);
-    if (!code) code = normed(*held, type, in, out, rows, epsilon, why);
+    if (!code) {
+        Lane *lane = *held;
+        Way way = hopper_way(lane, product, at, MOST_PARTS);
+        uint64_t parts = 0;
+        Operands with = *at;
+        code = reserved(lane, sizeof(uint16_t) * (size_t)(product->m * product->n) * (size_t)way.parts, &parts, why);
+        with.out = (void *)(uintptr_t)parts;
+        if (!code) code = multiplied(lane, product, &with, &way, why);
+        const void *const all[] = {with.out, in[0], in[1], in[2]};
+        if (!code) code = normed(lane, product->type, all, way.parts, out, rows, epsilon, why);
+    }
     pthread_mutex_unlock(&gpu_lock);
-    return code;
+    return code ? -1 : 0;
 }
 
 int gpu_embed(Lane **held, void *stream, int type, const void *const in[7], void *out, void *rows, const Frame *frame,
@@ -207,7 +225,8 @@ int gpu_embed(Lane **held, void *stream, int type, const void *const in[7], void
         return -1;
     }
     pthread_mutex_lock(&gpu_lock);
-    const Macros macros = {.embed = 1, .bfloat = type == ORT_BFLOAT16, .vectors = (int)over(frame->width, 256)};
+    const Macros macros = {.embed = 1, .bfloat = type == ORT_BFLOAT16, .vectors = (int)over(frame->width, 256),
+                           .full = frame->width % 256 == 0};
     void *function;
     int code = hopper(held, stream, why);
     if (!code) code = compiled_for(*held, &macros, 0, &function, why);
@@ -233,8 +252,8 @@ int gpu_attention(Lane **held, void *stream, int type, const void *rows, const i
     }
     pthread_mutex_lock(&gpu_lock);
     const Macros macros = {.attention = 1, .bfloat = type == ORT_BFLOAT16, .stages = RING, .groups = SHARERS,
-                           .causal = shape->causal};
-    unsigned shared = 1024 + (KEYS + 2 * RING * SHARERS * KEYS) * HEAD * 2;
+                           .causal = shape->causal, .once = shape->length <= 2 * SHARERS * KEYS};
+    unsigned shared = 1024 + (KEYS + 2 * RING * SHARERS * KEYS) * HEAD * 2 + SHARERS * KEYS * (HEAD * 2 + 16);
     TensorMap map;
     const uint64_t sizes[] = {3 * (uint64_t)shape->heads * HEAD, (uint64_t)shape->length, (uint64_t)shape->documents};
     const unsigned box[] = {HEAD, KEYS, 1};

@@ -102,16 +102,23 @@ void host_norm_rounded(const float *const in[4], float *out, uint8_t *rounded, i
     for (int64_t i = 0; i < rows * width; i++) rounded[i] = to_e4m3(out[i] * inverse);
 }
 
-void host_norm(const float *const in[4], float *const out[3], const Rows *rows, float epsilon) {
-    int64_t width = rows->width;
-    for (int64_t row = 0; row < rows->documents * rows->length; row++) {
+int host_product_norm(const float *const in[6], float *const out[3], const Rows *rows, int64_t k, float epsilon) {
+    int64_t width = rows->width, count = rows->documents * rows->length;
+    float *product = count > INT64_MAX / width / (int64_t)sizeof *product ? NULL : malloc((size_t)(count * width) * sizeof *product);
+    if (!product || host_product(in[0], NULL, in[1], NULL, in[2], product, NULL, count, width, k, 0, 0, 1.0f, 1.0f)) {
+        free(product);
+        return -1;
+    }
+    for (int64_t row = 0; row < count; row++) {
         int64_t document = row / rows->length, place = row % rows->length, carried = rows->last - rows->first;
-        const float *skip = in[1] + (document * rows->skips + rows->at + place) * width;
+        const float *skip = in[3] + (document * rows->skips + rows->at + place) * width;
         float *made = out[0] + row * width;
-        norm_of_sum(in[0] + row * width, skip, in[2], in[3], made, out[1] ? out[1] + row * width : NULL, width, epsilon);
+        norm_of_sum(product + row * width, skip, in[4], in[5], made, out[1] ? out[1] + row * width : NULL, width, epsilon);
         if (out[2] && place >= rows->first && place < rows->last)
             memcpy(out[2] + (document * carried + place - rows->first) * width, made, sizeof *made * (size_t)width);
     }
+    free(product);
+    return 0;
 }
 
 void host_embed(const float *memory, const int64_t *segment, const int64_t *frame, const float *const in[4], float *out,

@@ -18,8 +18,9 @@ int host_product(const float *x, const uint8_t *x8, const float *weight, const u
 void host_quantize(const float *in, uint8_t *out, int64_t count, float inverse);
 void host_norm_rounded(const float *const in[4], float *out, uint8_t *rounded, int64_t rows, int64_t width, float epsilon,
                        float inverse);
-/* As gpu.h says. */
-void host_norm(const float *const in[4], float *const out[3], const Rows *rows, float epsilon);
+/* The norm of a product and a residual as gpu.h says. in: x, weight (k, width), bias, residual, gamma, beta. 0, or -1 without
+ * memory. */
+int host_product_norm(const float *const in[6], float *const out[3], const Rows *rows, int64_t k, float epsilon);
 /* The rows of a step as gpu.h says; rows may be NULL. */
 void host_embed(const float *memory, const int64_t *segment, const int64_t *frame, const float *const in[4], float *out,
                 float *rows, int64_t documents, int length, int texts, int memories, int words, int width, float epsilon);

@@ -73,13 +73,22 @@ int compiled(Lane *lane, char *why);
 int built(const char *source, const char *name, const char *const *options, void **module, char *why);
 int rounding(Lane *lane, int type, const void *in, void *out, int64_t count, float inverse, const float *by);
 
-/* products.c */
-void plans_dropped(Plan *plans);
+/* How kernels for compute capability 9.0 do a product: which tiles, -1 where they do not take it, and in how many parts of k,
+ * which stand one behind the other. */
+typedef struct {
+    int tile, parts;
+} Way;
 
-/* hopper.c: kernels for compute capability 9.0. Whether a product is one for them, and how they are started. */
+/* products.c: room for `bytes` on the device, for as long as the lane is there; a product in this way, or by cuBLASLt, which
+ * the way then says. */
+void plans_dropped(Plan *plans);
+int reserved(Lane *lane, size_t bytes, uint64_t *at, char *why);
+int multiplied(Lane *lane, const Product *product, const Operands *at, Way *way, char *why);
+
+/* hopper.c: kernels for compute capability 9.0. The fastest way of at most so many parts, and the kernel's start. */
 enum { ABSENT = 1 };
-int hopper_takes(const Lane *lane, const Product *product, const Operands *at);
-int hopper_product(Lane *lane, const Product *product, const Operands *at, char *why); /* ABSENT: there is no kernel */
+Way hopper_way(const Lane *lane, const Product *product, const Operands *at, int most);
+int hopper_product(Lane *lane, const Product *product, const Operands *at, Way way, char *why); /* ABSENT: there is no kernel */
 void hopper_dropped(Kernel *kernels);
 
 #endif

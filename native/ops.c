@@ -12,8 +12,9 @@
  *   Rotary (x (batch, L, (heads + 2 kv_heads) size), cosines (L, size / 2), sines) -> queries, keys, values (batch, L, ...)
  *       queries and keys turned by the angles of their places, a head's first half against its second; with repeat = 1 each
  *       head of keys and values stands there for every head of queries that reads it.
- *   SkipLayerNorm (x (batch, K, d), skip (batch, L, d), gamma, beta) -> (norm(x + skip) [, x + skip] [, carried])
- *       x's rows meet those of skip from row `at` on. carried (batch, last - first, d) is float32 of the norm's rows from
+ *   LinearSkipLayerNorm (x (batch, K, k), weight (k, d), bias (d), skip (batch, L, d), gamma, beta)
+ *           -> (norm(y + skip) (batch, K, d) [, y + skip] [, carried]), with y = x weight + bias
+ *       y's rows meet those of skip from row `at` on. carried (batch, last - first, d) is float32 of the norm's rows from
  *       `first` to `last`.
  *   Embed (memory (batch, m, d) float32, segment (batch, S) int64, frame (L) int64, word (v, d), positions (L, d), gamma,
  *          beta) -> (norm(rows) (batch, L, d) [, rows])
@@ -22,7 +23,7 @@
  *   PackedAttention (rows (batch, L, 3 h s) [, lengths (batch) int32]) -> (batch, asked, h s)
  *       of h = `heads` heads' queries, then their keys, then their values; a document's rows from its length on are not
  *       attended to. With causal = 1 none is that comes later. `rows` queries are asked, 0 is all: the first ones, or where
- *       causal the last. For heads of 64. It, Embed and SkipLayerNorm are for compute capability 9.0.
+ *       causal the last. For heads of 64. It, Embed and LinearSkipLayerNorm are for compute capability 9.0.
  *
  * On the CPU provider they are there in float32, attention for heads of any size. On a GPU of compute capability 9.0 weights,
  * biases, gamma, beta, frame and positions are read before the node in front has ended: they are constants of the graph.
@@ -40,7 +41,7 @@ enum {
     LINEAR,
     LINEAR_QUANTIZE,
     QUANTIZE,
-    SKIP_LAYER_NORM,
+    LINEAR_SKIP_LAYER_NORM,
     SKIP_LAYER_NORM_QUANTIZE,
     SILU_MUL,
     SILU_MUL_QUANTIZE,
@@ -49,9 +50,8 @@ enum {
     EMBED
 };
 enum { INPUTS = 7, OUTPUTS = 3, AXES = 8 };
-static const char *const NAMES[] = {"Linear",  "LinearQuantize",  "Quantize", "SkipLayerNorm", "SkipLayerNormQuantize",
-                                    "SiluMul", "SiluMulQuantize", "Rotary",   "PackedAttention",
-                                    "Embed"};
+static const char *const NAMES[] = {"Linear",  "LinearQuantize",  "Quantize", "LinearSkipLayerNorm", "SkipLayerNormQuantize",
+                                    "SiluMul", "SiluMulQuantize", "Rotary",   "PackedAttention",     "Embed"};
 #define CUDA "CUDAExecutionProvider"
 
 typedef struct {
@@ -139,7 +139,7 @@ static void destroy(void *kernel) {
 }
 
 static int optional_input(const Op *op, size_t index) { return op->kind == PACKED_ATTENTION && index == 1; }
-static int optional_output(const Op *op, size_t index) { return (op->kind == SKIP_LAYER_NORM || op->kind == EMBED) && index; }
+static int optional_output(const Op *op, size_t index) { return (op->kind == LINEAR_SKIP_LAYER_NORM || op->kind == EMBED) && index; }
 
 /* A tensor without axes stands for an optional one that is not given. */
 static OrtStatus *input(const Node *node, OrtKernelContext *context, size_t index, Tensor *tensor) {
@@ -258,29 +258,37 @@ static OrtStatus *norm_rounded(Node *node, OrtKernelContext *context, const Tens
     return code ? refused(node->api, why) : NULL;
 }
 
-static OrtStatus *skip_layer_norm(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
-    const Tensor *x = &in[0], *skip = &in[1];
-    int64_t width = x->axes[2], length = x->axes[1], skips = skip->axes[1];
-    if (x->count != 3 || skip->count != 3 || skip->axes[0] != x->axes[0] || skip->axes[2] != width || width > INT_MAX ||
-        skips > INT_MAX || node->at < 0 || node->at > skips - length || node->first < 0 || node->last < node->first ||
-        node->last > length || values(&in[2]) != width || values(&in[3]) != width)
+static OrtStatus *product_norm(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
+    const Tensor *x = &in[0], *weight = &in[1], *skip = &in[3];
+    int64_t k = x->axes[2], width = weight->axes[1], length = x->axes[1], skips = skip->axes[1];
+    if (x->count != 3 || weight->count != 2 || !k || weight->axes[0] != k || values(&in[2]) != width)
+        return refused(node->api, "rmt_trt: the shapes of a product's input, weight and bias do not fit together");
+    if (skip->count != 3 || skip->axes[0] != x->axes[0] || skip->axes[2] != width || width > INT_MAX || skips > INT_MAX || node->at < 0 ||
+        node->at > skips - length || node->first < 0 || node->last < node->first || node->last > length ||
+        values(&in[4]) != width || values(&in[5]) != width)
         return refused(node->api, "rmt_trt: the shapes of a norm's inputs and its rows do not fit together");
     const Rows rows = {x->axes[0], (int)width, (int)length, (int)skips, node->at, node->first, node->last};
-    Tensor carried = *x;
+    Tensor made = *x, carried = *x;
+    made.axes[2] = carried.axes[2] = width;
     carried.axes[1] = node->last - node->first;
     void *out[3] = {NULL, NULL, NULL};
     OrtStatus *status = NULL;
-    for (size_t i = 0; i < 3 && !status; i++) status = output(node, context, i, i < 2 ? x : &carried, &out[i]);
-    if (status || !values(x)) return status;
-    const void *const data[] = {x->data, skip->data, in[2].data, in[3].data};
-    if (!on_gpu(node)) {
-        const float *const floats[] = {data[0], data[1], data[2], data[3]};
-        float *const made[] = {out[0], out[1], out[2]};
-        host_norm(floats, made, &rows, node->epsilon);
-        return NULL;
+    for (size_t i = 0; i < 3 && !status; i++) status = output(node, context, i, i < 2 ? &made : &carried, &out[i]);
+    int64_t m = x->axes[0] * length;
+    if (status || !m || !width) return status;
+    char why[WHY] = "rmt_trt: no host memory";
+    int code;
+    if (on_gpu(node)) {
+        int type = node->op->input[0];
+        const Product product = {type, type, type, 0, 0, 1, 1, m, width, k, 1.0f};
+        const Operands at = {x->data, weight->data, in[2].data, NULL, NULL};
+        const void *const data[] = {skip->data, in[4].data, in[5].data};
+        code = gpu_product_norm(&node->lane, stream, &product, &at, data, out, &rows, node->epsilon, why);
+    } else {
+        const float *const data[] = {x->data, weight->data, in[2].data, skip->data, in[4].data, in[5].data};
+        float *const floats[] = {out[0], out[1], out[2]};
+        code = host_product_norm(data, floats, &rows, k, node->epsilon);
     }
-    char why[WHY];
-    int code = gpu_norm(&node->lane, stream, node->op->input[0], data, out, &rows, node->epsilon, why);
     return code ? refused(node->api, why) : NULL;
 }
 
@@ -409,7 +417,7 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     if (status) return status;
     switch (node->op->kind) {
         case QUANTIZE: return quantize(node, context, in, stream);
-        case SKIP_LAYER_NORM: return skip_layer_norm(node, context, in, stream);
+        case LINEAR_SKIP_LAYER_NORM: return product_norm(node, context, in, stream);
         case SKIP_LAYER_NORM_QUANTIZE: return norm_rounded(node, context, in, stream);
         case SILU_MUL:
         case SILU_MUL_QUANTIZE: return silu_mul(node, context, in, stream);
@@ -451,16 +459,16 @@ static Op OPS[] = {
     {.kind = QUANTIZE, .provider = CUDA, .input = {ORT_FLOAT16}, .output = {ORT_FLOAT8}},
     {.kind = QUANTIZE, .provider = CUDA, .input = {ORT_BFLOAT16}, .output = {ORT_FLOAT8}},
     {.kind = QUANTIZE, .input = {ORT_FLOAT}, .output = {ORT_FLOAT8}},
-    {.kind = SKIP_LAYER_NORM,
+    {.kind = LINEAR_SKIP_LAYER_NORM,
      .provider = CUDA,
-     .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
+     .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
      .output = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT}},
-    {.kind = SKIP_LAYER_NORM,
+    {.kind = LINEAR_SKIP_LAYER_NORM,
      .provider = CUDA,
-     .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
+     .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
      .output = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_FLOAT}},
-    {.kind = SKIP_LAYER_NORM,
-     .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
+    {.kind = LINEAR_SKIP_LAYER_NORM,
+     .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
      .output = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT}},
     {.kind = PACKED_ATTENTION, .provider = CUDA, .input = {ORT_FLOAT16, ORT_INT32}, .output = {ORT_FLOAT16}},
     {.kind = PACKED_ATTENTION, .provider = CUDA, .input = {ORT_BFLOAT16, ORT_INT32}, .output = {ORT_BFLOAT16}},

@@ -76,7 +76,7 @@ static int described(Lane *lane, Plan *plan, const Operands *at, char *why) {
     return code ? fail(why, "cuBLASLt refuses the description of a product", code) : 0;
 }
 
-static int multiplied(Lane *lane, Plan *plan, const Operands *at, const LtAlgo *algo) {
+static int started(Lane *lane, Plan *plan, const Operands *at, const LtAlgo *algo) {
     float beta = 0.0f;
     void *out = plan->setting == APART ? (void *)(uintptr_t)plan->wide : at->out;
     const void *c = plan->setting == SAME || plan->setting == APART ? out : plan->setting == OTHER_C ? at->x : NULL;
@@ -87,10 +87,10 @@ static int multiplied(Lane *lane, Plan *plan, const Operands *at, const LtAlgo *
 /* Milliseconds of a few products by this algorithm, or a number below 0 where it fails. */
 static float timed(Lane *lane, Plan *plan, const Operands *at, const LtAlgo *algo, void *const events[2]) {
     float spent = -1.0f;
-    if (multiplied(lane, plan, at, algo)) return -1.0f;
+    if (started(lane, plan, at, algo)) return -1.0f;
     if (driver.EventRecord(events[0], lane->stream)) return -1.0f;
     for (int i = 0; i < TRIALS; i++)
-        if (multiplied(lane, plan, at, algo)) return -1.0f;
+        if (started(lane, plan, at, algo)) return -1.0f;
     if (driver.EventRecord(events[1], lane->stream) || driver.EventSynchronize(events[1])) return -1.0f;
     return driver.EventElapsedTime(&spent, events[0], events[1]) ? -1.0f : spent;
 }
@@ -137,15 +137,14 @@ static int same(const Product *a, const Product *b) {
            a->k == b->k;
 }
 
-/* Room for `bytes` on the device, for as long as the lane is there. */
-static int reserved(Lane *lane, size_t bytes, uint64_t *at, char *why) {
+int reserved(Lane *lane, size_t bytes, uint64_t *at, char *why) {
     if (!lane->scratch || lane->scratch->bytes < bytes) {
         if (capturing(lane->stream)) return fail(why, "the first run with a shape is captured; run it once before", 0);
         Scratch *made = calloc(1, sizeof *made);
         int code = made ? driver.MemAlloc(&made->at, bytes) : -1;
         if (code) {
             free(made);
-            return fail(why, "no memory for a product whose result is rounded apart", code);
+            return fail(why, "no memory for a product's parts, or for what is rounded apart", code);
         }
         made->bytes = bytes;
         made->next = lane->scratch;
@@ -161,7 +160,7 @@ static int tried(Lane *lane, Plan *plan, const Operands *at, char *why) {
     if (plan->setting == APART && (compiled(lane, why) || reserved(lane, wide, &plan->wide, why))) return -1;
     if (described(lane, plan, at, why) || chosen(lane, plan, at, why)) return -1;
     if (plan->setting == SAME || capturing(lane->stream)) return 0;
-    int code = multiplied(lane, plan, at, &plan->algo);
+    int code = started(lane, plan, at, &plan->algo);
     return code ? fail(why, "cuBLASLt refuses a product to FP8", code) : 0;
 }
 
@@ -202,30 +201,33 @@ static int narrowed(Lane *lane, const Plan *plan, const Operands *at) {
     return rounding(lane, p->half, (const void *)(uintptr_t)plan->wide, at->out, p->m * p->n, 1.0f, at->out_scale);
 }
 
+int multiplied(Lane *lane, const Product *product, const Operands *at, Way *way, char *why) {
+    if (way->tile >= 0) {
+        int code = hopper_product(lane, product, at, *way, why);
+        if (code != ABSENT) return code;
+        lane->without_hopper = 1; /* NVRTC is missing, or too old */
+    }
+    *way = (Way){-1, 1};
+    Plan *plan = planned(lane, product, at, why);
+    if (!plan) return -1;
+    plan->product.scale = product->scale;
+    int code = lt.MatmulDescSetAttribute(plan->desc, DESC_BIAS_POINTER, &at->bias, sizeof at->bias);
+    if (!code && at->out_scale && plan->setting != APART)
+        code = lt.MatmulDescSetAttribute(plan->desc, DESC_D_SCALE_POINTER, &at->out_scale, sizeof at->out_scale);
+    if (!code) code = started(lane, plan, at, &plan->algo);
+    if (!code && plan->setting == APART) code = narrowed(lane, plan, at);
+    return code ? fail(why, "cuBLASLt failed in a product", code) : 0;
+}
+
 int gpu_product(Lane **held, void *stream, const Product *product, const Operands *at, char *why) {
     pthread_mutex_lock(&gpu_lock);
     int code = entered(held, stream, why);
-    if (!code && hopper_takes(*held, product, at)) {
-        code = hopper_product(*held, product, at, why);
-        if (code != ABSENT) {
-            pthread_mutex_unlock(&gpu_lock);
-            return code;
-        }
-        (*held)->without_hopper = 1; /* NVRTC is missing, or too old */
-        code = 0;
-    }
-    Plan *plan = code ? NULL : planned(*held, product, at, why);
-    if (plan) {
-        plan->product.scale = product->scale;
-        code = lt.MatmulDescSetAttribute(plan->desc, DESC_BIAS_POINTER, &at->bias, sizeof at->bias);
-        if (!code && at->out_scale && plan->setting != APART)
-            code = lt.MatmulDescSetAttribute(plan->desc, DESC_D_SCALE_POINTER, &at->out_scale, sizeof at->out_scale);
-        if (!code) code = multiplied(*held, plan, at, &plan->algo);
-        if (!code && plan->setting == APART) code = narrowed(*held, plan, at);
-        if (code) fail(why, "cuBLASLt failed in a product", code);
+    if (!code) {
+        Way way = hopper_way(*held, product, at, 1);
+        code = multiplied(*held, product, at, &way, why);
     }
     pthread_mutex_unlock(&gpu_lock);
-    return plan && !code ? 0 : -1;
+    return code ? -1 : 0;
 }
 
 __attribute__((visibility("default"))) void rmt_product_settings(int64_t counts[SETTINGS]) {

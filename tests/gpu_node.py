@@ -23,7 +23,7 @@ KINDS = {
 AXES = {
     "Linear": [2, 2, 1],
     "PackedAttention": [3, 1],
-    "SkipLayerNorm": [3, 3, 1, 1],
+    "LinearSkipLayerNorm": [3, 2, 1, 3, 1, 1],
     "Embed": [3, 2, 1, 2, 2, 1, 1],
 }  # of the inputs; an output has as many as the first
 GUARD = 1 << 16  # values of NaN on either side of a tensor

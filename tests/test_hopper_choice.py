@@ -147,7 +147,7 @@ def test_an_export_checks_and_records_them_apart(tmp_path: Path) -> None:
     record = Bundle(path).manifest.verification["engines"]["cuda"]["fp16"]
     assert added.hopper is not None
     assert record["hopper"] == added.hopper.to_json()
-    assert record["hopper"]["fused"] == {"first rows": 1, "attention": 2, "product+bias": 8, "skip-norm": 4}
+    assert record["hopper"]["fused"] == {"first rows": 1, "attention": 2, "product+bias": 4, "product+skip-norm": 4}
     assert (record["hopper"]["check"]["by"], record["hopper"]["check"]["worst"] < 1e-5) == ("operators", True)
     assert record["hopper"]["unverified"] == record["native"]["unverified"] is not None
     add_engine_graphs(path, "cuda", "fp16", options=replace(options, native=False, check_segments=0))
@@ -179,7 +179,7 @@ def test_on_its_engine_an_export_verifies_each_kind_that_runs_there(
 
 def test_what_is_recorded_is_shown() -> None:
     own = {"fused": {"attention": 2}, "check": None, "verification": None, "unverified": "left out"}
-    lines = record_lines("cuda", "fp16", {"fused": {"skip-norm": 4}, "plain": None, "native": own, "hopper": own})
+    lines = record_lines("cuda", "fp16", {"fused": {"product+skip-norm": 4}, "plain": None, "native": own, "hopper": own})
     assert [line.strip() for line in lines if "beside them" in line] == [
         "beside them with native products: 2 attention",
         "beside them with kernels for compute capability 9.0: 2 attention",

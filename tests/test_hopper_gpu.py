@@ -63,8 +63,8 @@ SIZES = (
 
 
 def products_started() -> list[int]:
-    """How many products of each size of tiles this process has started by kernels of our own."""
-    counts = (ctypes.c_int64 * 4)()
+    """How many products of each size of tiles this process has started by kernels of our own; the last: in parts of k."""
+    counts = (ctypes.c_int64 * 6)()
     ctypes.CDLL(str(native.library())).rmt_hopper_products(counts)
     return list(counts)
 
@@ -83,7 +83,7 @@ def test_a_product_has_its_bias_and_tanh_gelu(dtype: str, activation: str, tmp_p
                 if activation == "gelu":
                     wanted = torch.nn.functional.gelu(wanted, approximate="tanh")
                 check_near(found, wanted, f"{m} rows, {k} to {n}")
-    assert all(count > 0 for count in products_started()), "tiles of some size were never taken"
+    assert all(count > 0 for count in products_started()[:-1]), "tiles of some size were never taken"
 
 
 def attended(qkv: torch.Tensor, heads: int, causal: bool, rows: int, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -130,10 +130,11 @@ def test_attention_over_packed_rows(
 
 @pytest.mark.parametrize("outputs", [1, 2, 3], ids=["norm", "norm and sum", "norm, sum and carried"])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_norm_of_a_sum(dtype: str, outputs: int, tmp_path: Path) -> None:
+def test_a_norm_of_a_product_and_a_residual(dtype: str, outputs: int, tmp_path: Path) -> None:
     """Of rows that meet some of others' rows; those that are carried are float32 of what is handed on."""
     half = HALVES[dtype]
     last = torch.float32 if outputs == 3 else None
+    before = products_started()
     for rows, others, at, span in (
         (1, 1, 0, (0, 1)),
         (11, 509, 0, (0, 10)),
@@ -141,20 +142,37 @@ def test_a_norm_of_a_sum(dtype: str, outputs: int, tmp_path: Path) -> None:
         (509, 509, 0, (500, 509)),
     ):
         options = {"epsilon": 1e-3, "at": at, "first": span[0], "last": span[1]}
-        with one(tmp_path, "SkipLayerNorm", [half] * 4, half, outputs=outputs, last_dtype=last, **options) as norm:
-            for width in (8, 64, 128, 768, 1024, 2048):
+        with one(
+            tmp_path, "LinearSkipLayerNorm", [half] * 6, half, outputs=outputs, last_dtype=last, **options
+        ) as node:
+            for k, width in (
+                (64, 8),
+                (192, 64),
+                (72, 128),
+                (768, 768),
+                (3072, 768),
+                (1024, 1024),
+                (4096, 1024),
+                (128, 2048),
+            ):
                 for batch in (1, 3):
-                    x = normal(batch, rows, width, dtype=half, seed=0)
+                    x = normal(batch, rows, k, dtype=half, seed=0)
+                    weight, bias = (
+                        normal(k, width, dtype=half, scale=k**-0.5, seed=4),
+                        normal(width, dtype=half, seed=5),
+                    )
                     skip = normal(batch, others, width, dtype=half, seed=1)
                     gamma, beta = (normal(width, dtype=half, seed=seed) for seed in (2, 3))
                     carried = (batch, span[1] - span[0], width) if outputs == 3 else None
-                    found = norm(x, skip, gamma, beta, shape=(batch, rows, width), last=carried)
-                    both = x.float() + skip[:, at : at + rows].float()
+                    given = (x, weight, bias, skip, gamma, beta)
+                    found = node(*given, shape=(batch, rows, width), last=carried)
+                    both = x.float() @ weight.float() + bias.float() + skip[:, at : at + rows].float()
                     wanted = torch.nn.functional.layer_norm(both, (width,), gamma.float(), beta.float(), 1e-3)
                     for made, right in zip(found, (wanted, both), strict=False):
-                        check_near(made, right, f"{rows} rows of {width}")
+                        check_near(made, right, f"{rows} rows, {k} to {width}")
                     if outputs == 3:
                         assert torch.equal(found[2], found[0][:, span[0] : span[1]].float())
+    assert products_started()[-1] > before[-1], "no product was made in parts"
 
 
 @pytest.mark.parametrize("total", [False, True], ids=["norm", "norm and rows"])

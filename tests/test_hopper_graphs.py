@@ -56,7 +56,7 @@ def test_every_role_and_head_follows_the_recurrence(name: str, nodes: bool, tmp_
     assert {entry.needs for entry in graphs.hopper} == {() if nodes else ("hopper", "native")}
     parts = [node for entry in graphs.hopper for node in onnx.load(tmp_path / entry.file).graph.node]
     ours = {node.op_type for node in parts if node.domain == native.DOMAIN}
-    assert ours == (set() if nodes else {"Embed", "Linear", "PackedAttention", "SkipLayerNorm"})
+    assert ours == (set() if nodes else {"Embed", "Linear", "LinearSkipLayerNorm", "PackedAttention"})
     assert graphs.hopper_fused["attention"] == 2
     initial = [model.memory.detach().numpy()]
     check = check_graphs(
@@ -135,7 +135,7 @@ def test_an_activation_that_no_epilogue_has_is_a_node(
     graphs, initial = written(model, tmp_path), [model.memory.detach().numpy()]
     products = nodes_of(tmp_path / graphs.hopper[0].file, "Linear")
     asked = [attribute(product, "activation").decode() for product in products]
-    assert asked == (["none"] * 8 if node else ["none", "none", "gelu", "none"] * 2)
+    assert asked == (["none"] * 4 if node else ["none", "gelu"] * 2)
     assert node is None or len(nodes_of(tmp_path / graphs.hopper[0].file, node)) == 2
     check = check_graphs(graphs.hopper, tmp_path, model_spec(model), initial, model_reference(model), 5, 1e-4)
     assert 0 < check.largest <= 1e-5

@@ -84,13 +84,22 @@ X = normal(2, 3, 8)
 )  # fmt: skip
 def test_norms_of_rows_that_are_not_there_are_refused(skip: np.ndarray, attributes: dict[str, int]) -> None:
     with pytest.raises(Exception, match="norm's inputs and its rows do not fit together"):
-        run("SkipLayerNorm", X, skip, normal(8), normal(8), **attributes)
+        run("LinearSkipLayerNorm", X, normal(8, 8), normal(8), skip, normal(8), normal(8), **attributes)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"),
+    [(normal(7, 8), normal(8)), (normal(8, 16), normal(8)), (normal(8, 8), normal(1)), (normal(1, 8, 8), normal(8))],
+)
+def test_products_in_front_of_norms_that_do_not_fit_are_refused(weight: np.ndarray, bias: np.ndarray) -> None:
+    with pytest.raises(Exception, match="product's input, weight and bias do not fit together"):
+        run("LinearSkipLayerNorm", X, weight, bias, X, normal(8), normal(8))
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 3), (0, 3)])
 def test_rows_are_carried_from_first_to_last(first: int, last: int) -> None:
-    given = [X, X, normal(8), normal(8)]
-    out, carried = session_of("SkipLayerNorm", given, ["out", "", "carried"], first=first, last=last)
+    given = [X, normal(8, 8), normal(8), X, normal(8), normal(8)]
+    out, carried = session_of("LinearSkipLayerNorm", given, ["out", "", "carried"], first=first, last=last)
     np.testing.assert_array_equal(carried, out[:, first:last])
 
 

@@ -15,7 +15,7 @@ from rmt_trt.export.fused.blocks import Names
 from rmt_trt.export.fused.graph import MICROSOFT, Graph
 from rmt_trt.export.fused.kept import Kept, rows_of
 from rmt_trt.export.fused.layers import EXACT_GELU, TANH_GELU, Backbone, CannotFuse, Layer, Linear, Norm
-from rmt_trt.export.fused.native import Native, linear
+from rmt_trt.export.fused.native import Native, bias_of, linear
 from rmt_trt.runtime.native import DOMAIN
 
 HEAD = 64  # size of the heads that attention takes
@@ -94,10 +94,11 @@ def encoder_layers(
         following = number + 1 < len(backbone.layers)
         few = None if following else kept
         mixed = _attention(graph, native, value, layer, backbone, name, lengths, False, few)
-        (value,) = _skip_norm(graph, native, mixed, value, few, layer.norm1, name("norm1"))
+        out, down = (layer.out, name("out"), "bias.0"), (layer.down, name("down"), "bias")
+        (value,) = _product_norm(graph, native, mixed, out, value, few, layer.norm1, name("norm1"))
         inner = _mlp(graph, native, value, layer, backbone.activation, name)
-        hands_on = None if following else written
-        value, *carried = _skip_norm(graph, native, inner, value, None, layer.norm2, name("norm2"), written=hands_on)
+        by, hands_on = (layer.norm2, name("norm2")), None if following else written
+        value, *carried = _product_norm(graph, native, inner, down, value, None, *by, written=hands_on)
     return value, carried[0] if carried else None
 
 
@@ -122,15 +123,16 @@ def decoder_layers(
         following = number + 1 < len(backbone.layers)
         few = None if following else kept
         mixed = _attention(graph, native, value, layer, backbone, name, None, True, few)
-        value, total = _skip_norm(graph, native, mixed, total, few, layer.norm2, name("norm2"), total=True)
+        out, down = (layer.out, name("out"), "bias.0"), (layer.down, name("down"), "bias")
+        value, total = _product_norm(graph, native, mixed, out, total, few, layer.norm2, name("norm2"), total=True)
         inner = _mlp(graph, native, value, layer, backbone.activation, name)
         if following:
             after, after_name = backbone.layers[number + 1].norm1, f"layer{number + 1}.norm1"
-            value, total = _skip_norm(graph, native, inner, total, None, after, after_name, total=True)
+            value, total = _product_norm(graph, native, inner, down, total, None, after, after_name, total=True)
         else:
             assert backbone.final_norm is not None  # every decoder has one
             by = backbone.final_norm
-            value, *carried = _skip_norm(graph, native, inner, total, None, by, "final_norm", written=written)
+            value, *carried = _product_norm(graph, native, inner, down, total, None, by, "final_norm", written=written)
     return value, carried[0] if carried else None
 
 
@@ -148,15 +150,14 @@ def _attention(
     graph: Graph, native: Native, value: ir.Value, layer: Layer, backbone: Backbone, name: Names,
     lengths: ir.Value | None, causal: bool, kept: Kept | None,
 ) -> ir.Value:  # fmt: skip
-    """Attention and its last product, for the kept rows or for all."""
+    """Attention but for its last product, for the kept rows or for all."""
     both = blocks.packed(layer)
     bias = both.bias if both.bias is not None else torch.zeros(both.weight.shape[1])
     qkv = linear(graph, native, value, Linear(both.weight, bias), name("qkv"))
     rows = 0 if native.by_nodes or kept is None or not isinstance(kept.at, int) else kept.size
     attended = _attended_by_nodes if native.by_nodes else _attended
     mixed = attended(graph, qkv, backbone, lengths, causal, rows)
-    mixed = mixed if rows else rows_of(graph, kept, mixed)
-    return linear(graph, native, mixed, layer.out, name("out"), "bias.0")
+    return mixed if rows else rows_of(graph, kept, mixed)
 
 
 def _attended(
@@ -181,20 +182,22 @@ def _attended_by_nodes(
 
 
 def _mlp(graph: Graph, native: Native, value: ir.Value, layer: Layer, kind: str, name: Names) -> ir.Value:
+    """The MLP but for its last product."""
     gelu = kind == TANH_GELU or (kind == EXACT_GELU and native.tanh)
     inner = linear(graph, native, value, layer.up, name("up"), gelu=gelu)
-    inner = inner if gelu else blocks.activation(graph, inner, kind)
-    return linear(graph, native, inner, layer.down, name("down"))
+    return inner if gelu else blocks.activation(graph, inner, kind)
 
 
-def _skip_norm(
-    graph: Graph, native: Native, value: ir.Value, skip: ir.Value, kept: Kept | None, by: Norm, name: str,
-    total: bool = False, written: tuple[int, int] | None = None,
+def _product_norm(
+    graph: Graph, native: Native, value: ir.Value, matrix: tuple[Linear, str, str], skip: ir.Value, kept: Kept | None,
+    by: Norm, name: str, total: bool = False, written: tuple[int, int] | None = None,
 ) -> list[ir.Value]:  # fmt: skip
-    """[norm(value + skip)], of skip the rows that are kept; with `total` the sum too, and with `written` float32 of the rows
-    from and to, where a node gives it."""
+    """[norm(value matrix + skip)], of skip the rows that are kept; with `total` the sum too, and with `written` float32 of the
+    rows from and to, where a node gives it. matrix: a product, its name and that of its bias."""
+    of, of_name, bias_name = matrix
     if native.by_nodes:
-        return blocks.skip_norm(graph, value, rows_of(graph, kept, skip), None, by, name, total)
+        made = linear(graph, native, value, of, of_name, bias_name)
+        return blocks.skip_norm(graph, made, rows_of(graph, kept, skip), None, by, name, total)
     assert by.bias is not None  # `fits`
     at = 0
     if kept is not None and isinstance(kept.at, int):
@@ -202,8 +205,10 @@ def _skip_norm(
     else:
         skip = rows_of(graph, kept, skip)
     first, last = written or (0, 0)
+    bias = bias_of(graph, of.bias, of.weight.shape[1], f"{of_name}.{bias_name}")
     return graph.nodes(
-        "SkipLayerNorm", value, skip, graph.weight(f"{name}.weight", by.weight), graph.weight(f"{name}.bias", by.bias),
-        wanted=(True, total, written is not None), domain=DOMAIN, fused="skip-norm", epsilon=by.eps,
+        "LinearSkipLayerNorm", value, graph.weight(f"{of_name}.weight", of.weight), bias, skip,
+        graph.weight(f"{name}.weight", by.weight), graph.weight(f"{name}.bias", by.bias),
+        wanted=(True, total, written is not None), domain=DOMAIN, fused="product+skip-norm", epsilon=by.eps,
         at=at, first=first, last=last,
     )  # fmt: skip

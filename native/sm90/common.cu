@@ -49,6 +49,13 @@ static __device__ __forceinline__ void await_the_one_before() { asm volatile("gr
 
 static __device__ __forceinline__ u32 shared_of(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
+// One lane of a warp, of which the compiler knows that it is alone.
+static __device__ __forceinline__ bool elected() {
+    u32 it;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(it));
+    return it;
+}
+
 static __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
@@ -62,6 +69,15 @@ static __device__ __forceinline__ void arrive(u32 bar) {
 static __device__ __forceinline__ void await(u32 bar, u32 parity) {
     asm volatile("{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra AGAIN; }" ::"r"(bar), "r"(parity)
                  : "memory");
+}
+
+static __device__ __forceinline__ uint4 shared_vector(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+static __device__ __forceinline__ void put(Bits *at, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 static __device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

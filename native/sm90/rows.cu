@@ -19,39 +19,61 @@ static __device__ __forceinline__ float sum_of_warp(float value) {
     return value;
 }
 
-// A warp has a row of at most 256 VECTORS values, every lane each 32nd vector of 8; the weights are read before the one before ends.
+// A warp has a row of at most 256 VECTORS values, as many where FULL, every lane each 32nd vector of 8; the weights are read before the
+// one before ends.
+#ifndef FULL
+#define FULL 0
+#endif
+#define THERE(i) (FULL || lane + 32 * (i) < vectors)
 struct Row {
-    float values[VECTORS][8];
-    uint4 weight[VECTORS], offset[VECTORS];
+    float values[VECTORS][8], weight[VECTORS][8], offset[VECTORS][8];
 
     __device__ __forceinline__ void by(const uint4 *gamma, const uint4 *beta, int vectors) {
+        int lane = threadIdx.x % 32;
+        uint4 w[VECTORS], o[VECTORS];
 #pragma unroll
-        for (int i = 0, at = threadIdx.x % 32; i < VECTORS; i++, at += 32)
-            if (at < vectors) {
-                weight[i] = gamma[at];
-                offset[i] = beta[at];
+        for (int i = 0; i < VECTORS; i++)
+            if (THERE(i)) {
+                w[i] = gamma[lane + 32 * i];
+                o[i] = beta[lane + 32 * i];
+            }
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            if (THERE(i)) {
+                apart(w[i], weight[i]);
+                apart(o[i], offset[i]);
             }
     }
 
-    // The norm of the values, whose sum over the row is `total`; carried, the same as float32 of it, may be NULL.
-    __device__ __forceinline__ void norm(uint4 *out, float4 *carried, float total, int width, float epsilon) {
-        int vectors = width / 8, lane = threadIdx.x % 32;
-        float mean = sum_of_warp(total) / width, spread = 0.0f;
+    // The norm of the values; carried, the same as float32 of it, may be NULL. share: 1 / width.
+    __device__ __forceinline__ void norm(uint4 *out, float4 *carried, int vectors, float share, float epsilon) {
+        int lane = threadIdx.x % 32;
+        float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f}; // chains of additions that do not wait for each other
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
-            if (lane + 32 * i < vectors) {
+            if (THERE(i)) {
 #pragma unroll
-                for (int j = 0; j < 8; j++) spread += (values[i][j] - mean) * (values[i][j] - mean);
+                for (int j = 0; j < 8; j++) parts[j % 4] += values[i][j];
             }
-        float by = rsqrtf(sum_of_warp(spread) / width + epsilon);
+        float mean = sum_of_warp((parts[0] + parts[1]) + (parts[2] + parts[3])) * share;
+#pragma unroll
+        for (int j = 0; j < 4; j++) parts[j] = 0.0f;
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
-            if (lane + 32 * i < vectors) {
-                float w[8], o[8];
-                apart(weight[i], w);
-                apart(offset[i], o);
+            if (THERE(i)) {
 #pragma unroll
-                for (int j = 0; j < 8; j++) o[j] += (values[i][j] - mean) * by * w[j];
+                for (int j = 0; j < 8; j++) {
+                    values[i][j] -= mean;
+                    parts[j % 4] += values[i][j] * values[i][j];
+                }
+            }
+        float by = rsqrtf(sum_of_warp((parts[0] + parts[1]) + (parts[2] + parts[3])) * share + epsilon);
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            if (THERE(i)) {
+                float o[8];
+#pragma unroll
+                for (int j = 0; j < 8; j++) o[j] = offset[i][j] + values[i][j] * by * weight[i][j];
                 uint4 rounded = together(o);
                 out[lane + 32 * i] = rounded;
                 if (carried) {
@@ -65,8 +87,8 @@ struct Row {
 #endif
 
 #if NORM
-// sums = x + skip, out = norm(sums) * gamma + beta. sums may be NULL. Of `length` rows of a document in x, the first meets row `at` of
-// `skips` in skip. carried, float32 of the rows of out from `first` to `last`, may be NULL.
+// sums = x + skip, out = norm(sums) * gamma + beta. x is the sum of PARTS, one behind the other; sums may be NULL. Of `length` rows of
+// a document in x, the first meets row `at` of `skips` in skip. carried, float32 of the rows of out from `first` to `last`, may be NULL.
 extern "C" __global__ void __launch_bounds__(128)
     rmt_norm(const uint4 *x, const uint4 *skip, const uint4 *gamma, const uint4 *beta, uint4 *out, uint4 *sums, float4 *carried, int rows,
              int width, int length, int skips, int at, int first, int last, float epsilon) {
@@ -74,32 +96,39 @@ extern "C" __global__ void __launch_bounds__(128)
     int row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, vectors = width / 8;
     Row own;
     own.by(gamma, beta, vectors);
-    await_the_one_before();
-    if (row >= rows) return;
-    uint4 left[VECTORS], right[VECTORS];
+    uint4 left[PARTS][VECTORS], right[VECTORS];
     u64 start = (u64)row * vectors;
     int document = row / length, place = row % length;
     skip += ((u64)document * skips + at + place) * vectors;
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-        if (lane + 32 * i < vectors) {
-            left[i] = x[start + lane + 32 * i];
-            right[i] = skip[lane + 32 * i];
-        }
-    float total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-        if (lane + 32 * i < vectors) {
-            float other[8];
-            apart(left[i], own.values[i]);
-            apart(right[i], other);
-#pragma unroll
-            for (int j = 0; j < 8; j++) total += own.values[i][j] += other[j];
-            if (sums) sums[start + lane + 32 * i] = together(own.values[i]);
-        }
     bool carries = carried && place >= first && place < last;
     carried = carries ? carried + ((u64)document * (last - first) + place - first) * vectors * 2 : 0;
-    own.norm(out + start, carried, total, width, epsilon);
+    float share = 1.0f / width;
+    await_the_one_before();
+    if (row >= rows) return;
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+        if (THERE(i)) {
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) left[p][i] = x[(u64)p * rows * vectors + start + lane + 32 * i];
+            right[i] = skip[lane + 32 * i];
+        }
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+        if (THERE(i)) {
+            float other[8];
+            apart(left[0][i], own.values[i]);
+#pragma unroll
+            for (int p = 1; p < PARTS; p++) {
+                apart(left[p][i], other);
+#pragma unroll
+                for (int j = 0; j < 8; j++) own.values[i][j] += other[j];
+            }
+            apart(right[i], other);
+#pragma unroll
+            for (int j = 0; j < 8; j++) own.values[i][j] += other[j];
+            if (sums) sums[start + lane + 32 * i] = together(own.values[i]);
+        }
+    own.norm(out + start, carried, vectors, share, epsilon);
 }
 #endif
 
@@ -119,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(128)
     uint4 added[VECTORS], raw[VECTORS];
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
-        if (there && lane + 32 * i < vectors) added[i] = positions[(u64)(row % length) * vectors + lane + 32 * i];
+        if (there && THERE(i)) added[i] = positions[(u64)(row % length) * vectors + lane + 32 * i];
     await_the_one_before();
     if (!there) return;
     if (place < texts) {
@@ -127,31 +156,30 @@ extern "C" __global__ void __launch_bounds__(128)
         token = min(max(token, 0ll), words - 1ll); // rows of padding fill a batch up, nobody reads them
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
-            if (lane + 32 * i < vectors) raw[i] = word[token * vectors + lane + 32 * i];
+            if (THERE(i)) raw[i] = word[token * vectors + lane + 32 * i];
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
-            if (lane + 32 * i < vectors) apart(raw[i], own.values[i]);
+            if (THERE(i)) apart(raw[i], own.values[i]);
     } else {
         u64 start = ((u64)document * memories + min(place - texts, memories - 1ll)) * vectors * 2;
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
-            if (lane + 32 * i < vectors) {
+            if (THERE(i)) {
                 float4 low = memory[start + 2 * (lane + 32 * i)], high = memory[start + 2 * (lane + 32 * i) + 1];
                 float both[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
                 for (int j = 0; j < 8; j++) own.values[i][j] = both[j];
             }
     }
-    float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
-        if (lane + 32 * i < vectors) {
+        if (THERE(i)) {
             float other[8];
             apart(added[i], other);
 #pragma unroll
-            for (int j = 0; j < 8; j++) total += own.values[i][j] += other[j];
+            for (int j = 0; j < 8; j++) own.values[i][j] += other[j];
             if (rows) rows[(u64)row * vectors + lane + 32 * i] = together(own.values[i]);
         }
-    own.norm(out + (u64)row * vectors, 0, total, width, epsilon);
+    own.norm(out + (u64)row * vectors, 0, vectors, 1.0f / width, epsilon);
 }
 #endif
