@@ -83,7 +83,8 @@ def test_a_product_has_its_bias_and_tanh_gelu(dtype: str, activation: str, tmp_p
                 if activation == "gelu":
                     wanted = torch.nn.functional.gelu(wanted, approximate="tanh")
                 check_near(found, wanted, f"{m} rows, {k} to {n}")
-    assert all(count > 0 for count in products_started()[:-1]), "tiles of some size were never taken"
+    started = products_started()[:-1]
+    assert all(count > 0 for count in started), f"tiles of some size were never taken: {started}"
 
 
 def attended(qkv: torch.Tensor, heads: int, causal: bool, rows: int, lengths: torch.Tensor | None) -> torch.Tensor:

@@ -52,7 +52,6 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 64, 1)
     u32 base = (shared_of(raw) + 1023) & ~1023u, full0 = shared_of(full), empty0 = shared_of(empty);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.y * ROWS, column = blockIdx.x * COLUMNS;
     int all = k / DEEP, part = blockIdx.z, parts = gridDim.z, first = all * part / parts, steps = all * (part + 1) / parts - first;
-    next_may_start();
 
     if (warp == GROUPS * 4) { // brings weights, the first of them before what is before has ended
         if (elected()) {
@@ -82,6 +81,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 64, 1)
         asm volatile("bar.sync 1, %0;" ::"n"(WORKERS + 64) : "memory");
         if (elected()) {
             await_the_one_before();
+            next_may_start(); // the norm behind reads what was made before this product's input
             for (int i = 0; i < steps; i++) {
                 if (i >= STAGES) await(empty0 + 8 * (i % STAGES), (i / STAGES - 1) & 1);
                 bring(base + i % STAGES * (X_BYTES + W_BYTES), &x, (first + i) * DEEP, row, full0 + 8 * (i % STAGES));

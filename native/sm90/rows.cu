@@ -103,14 +103,17 @@ extern "C" __global__ void __launch_bounds__(128)
     bool carries = carried && place >= first && place < last;
     carried = carries ? carried + ((u64)document * (last - first) + place - first) * vectors * 2 : 0;
     float share = 1.0f / width;
+    bool there = row < rows;
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) // the residual is there: a product lets this start when all in front of the product has ended
+        if (THERE(i) && there) right[i] = skip[lane + 32 * i];
     await_the_one_before();
-    if (row >= rows) return;
+    if (!there) return;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
         if (THERE(i)) {
 #pragma unroll
             for (int p = 0; p < PARTS; p++) left[p][i] = x[(u64)p * rows * vectors + start + lane + 32 * i];
-            right[i] = skip[lane + 32 * i];
         }
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
