@@ -33,41 +33,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "gpu.h"
 #include "host.h"
-#include "ort.h"
+#include "node.h"
 
-enum {
-    LINEAR,
-    LINEAR_QUANTIZE,
-    QUANTIZE,
-    LINEAR_SKIP_LAYER_NORM,
-    SKIP_LAYER_NORM_QUANTIZE,
-    SILU_MUL,
-    SILU_MUL_QUANTIZE,
-    ROTARY,
-    PACKED_ATTENTION,
-    EMBED
-};
-enum { INPUTS = 7, OUTPUTS = 3, AXES = 8 };
 static const char *const NAMES[] = {"Linear",  "LinearQuantize",  "Quantize", "LinearSkipLayerNorm", "SkipLayerNormQuantize",
                                     "SiluMul", "SiluMulQuantize", "Rotary",   "PackedAttention",     "Embed"};
 #define CUDA "CUDAExecutionProvider"
-
-typedef struct {
-    OrtCustomOp base; /* first, so that a pointer to it is one to this */
-    int kind;
-    const char *provider; /* NULL is the CPU's */
-    int input[INPUTS], output[OUTPUTS];
-} Op;
-
-typedef struct {
-    const OrtApi *api;
-    const Op *op;
-    int transposed, gelu, fast, candidates, heads, kv_heads, repeat, causal, rows, at, first, last;
-    float scale, inverse, epsilon;
-    Lane *lane;
-} Node;
 
 typedef struct {
     const void *data;
@@ -79,12 +50,6 @@ static OrtStatus *refused(const OrtApi *api, const char *why) {
     return ORT_CALL(api, CREATE_STATUS, OrtStatus *, int, const char *)(ORT_FAIL, why);
 }
 
-static int given(const OrtApi *api, OrtStatus *status) {
-    if (status) ORT_CALL(api, RELEASE_STATUS, void, OrtStatus *)(status);
-    return status == NULL;
-}
-
-/* Attributes that a node does not have keep what stands here. */
 static OrtStatus *create(const OrtCustomOp *base, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
     Node *node = calloc(1, sizeof *node);
     if (!node) return refused(api, "no host memory");
@@ -93,41 +58,10 @@ static OrtStatus *create(const OrtCustomOp *base, const OrtApi *api, const OrtKe
     node->scale = node->inverse = 1.0f;
     node->epsilon = 1e-5f;
     node->fast = node->candidates = 1;
-    int64_t number;
-    const struct {
-        const char *name;
-        int *to;
-    } numbers[] = {{"transposed", &node->transposed}, {"fast", &node->fast},         {"candidates", &node->candidates},
-                   {"heads", &node->heads},           {"kv_heads", &node->kv_heads}, {"repeat", &node->repeat},
-                   {"causal", &node->causal},         {"rows", &node->rows},         {"at", &node->at},
-                   {"first", &node->first},           {"last", &node->last}};
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
-        if (given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_INT64, OrtStatus *, const OrtKernelInfo *, const char *,
-                                int64_t *)(info, numbers[i].name, &number))) {
-            if (number < INT_MIN || number > INT_MAX) {
-                free(node);
-                return refused(api, "rmt_trt: an attribute has more than 32 bits");
-            }
-            *numbers[i].to = (int)number;
-        }
-    const struct {
-        const char *name;
-        float *to;
-    } floats[] = {{"scale", &node->scale}, {"inverse", &node->inverse}, {"epsilon", &node->epsilon}};
-    float value;
-    for (size_t i = 0; i < 3; i++)
-        if (given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_FLOAT, OrtStatus *, const OrtKernelInfo *, const char *,
-                                float *)(info, floats[i].name, &value)))
-            *floats[i].to = value;
-    char activation[16] = "none";
-    size_t size = sizeof activation;
-    given(api, ORT_CALL(api, KERNEL_INFO_GET_ATTRIBUTE_STRING, OrtStatus *, const OrtKernelInfo *, const char *, char *,
-                        size_t *)(info, "activation", activation, &size));
-    node->gelu = strcmp(activation, "gelu") == 0;
-    /* Of a name that is too long ONNX Runtime gives the size alone. */
-    if (size > sizeof activation || (!node->gelu && strcmp(activation, "none") != 0)) {
+    const char *wrong = attributes_read(api, info, node);
+    if (wrong) {
         free(node);
-        return refused(api, "rmt_trt: an activation other than 'none' and 'gelu'");
+        return refused(api, wrong);
     }
     *kernel = node;
     return NULL;
@@ -261,11 +195,11 @@ static OrtStatus *norm_rounded(Node *node, OrtKernelContext *context, const Tens
 static OrtStatus *product_norm(Node *node, OrtKernelContext *context, const Tensor in[INPUTS], void *stream) {
     const Tensor *x = &in[0], *weight = &in[1], *skip = &in[3];
     int64_t k = x->axes[2], width = weight->axes[1], length = x->axes[1], skips = skip->axes[1];
-    if (x->count != 3 || weight->count != 2 || !k || weight->axes[0] != k || values(&in[2]) != width)
+    if (x->count != 3 || weight->count != 2 || in[2].count != 1 || !k || weight->axes[0] != k || in[2].axes[0] != width)
         return refused(node->api, "rmt_trt: the shapes of a product's input, weight and bias do not fit together");
     if (skip->count != 3 || skip->axes[0] != x->axes[0] || skip->axes[2] != width || width > INT_MAX || skips > INT_MAX || node->at < 0 ||
         node->at > skips - length || node->first < 0 || node->last < node->first || node->last > length ||
-        values(&in[4]) != width || values(&in[5]) != width)
+        in[4].count != 1 || in[5].count != 1 || in[4].axes[0] != width || in[5].axes[0] != width)
         return refused(node->api, "rmt_trt: the shapes of a norm's inputs and its rows do not fit together");
     const Rows rows = {x->axes[0], (int)width, (int)length, (int)skips, node->at, node->first, node->last};
     Tensor made = *x, carried = *x;

@@ -179,7 +179,9 @@ def test_on_its_engine_an_export_verifies_each_kind_that_runs_there(
 
 def test_what_is_recorded_is_shown() -> None:
     own = {"fused": {"attention": 2}, "check": None, "verification": None, "unverified": "left out"}
-    lines = record_lines("cuda", "fp16", {"fused": {"product+skip-norm": 4}, "plain": None, "native": own, "hopper": own})
+    lines = record_lines(
+        "cuda", "fp16", {"fused": {"product+skip-norm": 4}, "plain": None, "native": own, "hopper": own}
+    )
     assert [line.strip() for line in lines if "beside them" in line] == [
         "beside them with native products: 2 attention",
         "beside them with kernels for compute capability 9.0: 2 attention",

@@ -89,11 +89,31 @@ def test_norms_of_rows_that_are_not_there_are_refused(skip: np.ndarray, attribut
 
 @pytest.mark.parametrize(
     ("weight", "bias"),
-    [(normal(7, 8), normal(8)), (normal(8, 16), normal(8)), (normal(8, 8), normal(1)), (normal(1, 8, 8), normal(8))],
+    [
+        (normal(7, 8), normal(8)),
+        (normal(8, 16), normal(8)),
+        (normal(8, 8), normal(1)),
+        (normal(1, 8, 8), normal(8)),
+        (normal(8, 8), normal(8, 1)),
+    ],
 )
 def test_products_in_front_of_norms_that_do_not_fit_are_refused(weight: np.ndarray, bias: np.ndarray) -> None:
     with pytest.raises(Exception, match="product's input, weight and bias do not fit together"):
         run("LinearSkipLayerNorm", X, weight, bias, X, normal(8), normal(8))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [({"at": 1.0}, "whole number has another type"), ({"last": "x"}, "whole number has another type"),
+     ({"first": "x" * 99}, "whole number has another type"), ({"epsilon": 1}, "float32 has another type"),
+     ({"epsilon": "x"}, "float32 has another type"), ({"epsilon": -1.0}, "an epsilon below 0"),
+     ({"epsilon": float("nan")}, "an epsilon below 0"), ({"at": 2**40}, "more than 32 bits"),
+     ({"activation": "relu"}, "other than 'none' and 'gelu'"), ({"activation": 1}, "other than 'none' and 'gelu'"),
+     ({"activation": "gelu"}, "no activation"), ({"transposed": 1}, "no transposed weight"), ({"scale": 2.0}, "no scale")],
+)  # fmt: skip
+def test_attributes_that_make_no_sense_are_refused(attributes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Exception, match=reason):
+        run("LinearSkipLayerNorm", X, normal(8, 8), normal(8), X, normal(8), normal(8), **attributes)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 3), (0, 3)])

@@ -369,9 +369,16 @@ def open_session(path: Path, gpu: cuda.Gpu, ours: bool, sizes: Mapping[str, int]
     try:
         session = ort.InferenceSession(str(path), options, providers=[(PROVIDER, provider)], enable_fallback=0)
     except Exception as err:  # ONNX Runtime's exceptions share no base class of their own
+        more = (
+            "Do CUDA, cuDNN and the driver fit this build of onnxruntime-gpu? See https://onnxruntime.ai/docs/install"
+        )
+        if ours and native.DOMAIN in str(err):
+            more = (
+                f"If another version of rmt-trt made this graph, export it again; {native.SWITCH}=0 runs the graphs without "
+                f"rmt-trt's own operators"
+            )
         raise EngineError(
-            f"ONNX Runtime {ort.__version__} cannot run {path} on device {gpu.index}: {one_line(err)}. {_one(missing)}Do "
-            f"CUDA, cuDNN and the driver fit this build of onnxruntime-gpu? See https://onnxruntime.ai/docs/install"
+            f"ONNX Runtime {ort.__version__} cannot run {path} on device {gpu.index}: {one_line(err)}. {_one(missing)}{more}"
         ) from err
     finally:
         ort.set_default_logger_severity(WARNINGS)
