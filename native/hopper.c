@@ -89,14 +89,14 @@ void hopper_dropped(Kernel *kernels) {
     }
 }
 
-/* As a programmatic dependent of what is before it on the stream, where the driver can capture that. */
+/* Where `early`, as a programmatic dependent of what is before it on the stream, if the driver can capture that. */
 static int started(Lane *lane, void *function, const int64_t grid[3], unsigned threads, unsigned shared, void **arguments,
-                   char *why) {
+                   int early, char *why) {
     for (int i = 0; i < 3; i++)
         if (grid[i] > (i ? 65535 : INT_MAX)) return fail(why, "more documents or rows than a kernel for Hopper takes", 0);
-    LaunchAttribute early = {.id = PROGRAMMATIC_STREAM_SERIALIZATION, .value = 1};
+    LaunchAttribute dependent = {.id = PROGRAMMATIC_STREAM_SERIALIZATION, .value = 1};
     const Launch launch = {{(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]}, {threads, 1, 1}, shared, lane->stream,
-                           &early, lane->version >= PROGRAMMATIC_IN_GRAPHS};
+                           &dependent, early && lane->version >= PROGRAMMATIC_IN_GRAPHS};
     int code = driver.LaunchKernelEx(&launch, function, arguments, NULL);
     return code ? fail(why, "the driver did not start a kernel for Hopper", code) : 0;
 }
@@ -155,7 +155,7 @@ int hopper_product(Lane *lane, const Product *p, const Operands *at, Way way, ch
     int m = (int)p->m, n = (int)p->n, k = (int)p->k;
     void *arguments[] = {&x, &w, (void *)&at->bias, (void *)&at->out, &m, &n, &k};
     const int64_t grid[] = {over(n, columns), over(m, rows), way.parts};
-    code = started(lane, function, grid, (unsigned)(rows / 64 * 128 + 64), shared, arguments, why);
+    code = started(lane, function, grid, (unsigned)(rows / 64 * 128 + 64), shared, arguments, 1, why);
     if (!code) products_started[way.tile]++;
     if (!code && way.parts > 1) products_started[TILES_COUNT]++;
     return code;
@@ -176,12 +176,14 @@ static int hopper(Lane **held, void *stream, char *why) {
     return -1;
 }
 
-/* The norm of `parts` of a product, one behind the other, and a residual: in is these, the residual, gamma and beta. */
-static int normed(Lane *lane, int type, const void *const in[4], int parts, void *const out[3], const Rows *rows,
-                  float epsilon, char *why) {
+/* The norm of a product's parts, one behind the other, and a residual: in is these, the residual, gamma and beta. It reads the
+ * residual before the product has ended. Of our own products we know that they let it start no earlier than that is there. */
+static int normed(Lane *lane, int type, const void *const in[4], Way way, void *const out[3], const Rows *rows, float epsilon,
+                  char *why) {
+    int early = way.tile >= 0;
     int vectors = (int)over(rows->width, 256);
     const Macros macros = {.norm = 1, .bfloat = type == ORT_BFLOAT16, .vectors = vectors,
-                           .full = rows->width == 256 * vectors, .parts = parts};
+                           .full = rows->width == 256 * vectors, .parts = way.parts};
     void *function;
     int64_t all = rows->documents * rows->length;
     if (all > INT_MAX) return fail(why, "more rows than a norm takes", 0);
@@ -192,7 +194,7 @@ static int normed(Lane *lane, int type, const void *const in[4], int parts, void
                          (void *)&out[1], (void *)&out[2], &count,         &width,         &length,
                          &skips,          &at,             &first,         &last,          &epsilon};
     const int64_t grid[] = {over(all, 4), 1, 1};
-    return started(lane, function, grid, 128, 0, arguments, why);
+    return started(lane, function, grid, 128, 0, arguments, early, why);
 }
 
 int gpu_product_norm(Lane **held, void *stream, const Product *product, const Operands *at, const void *const in[3],
@@ -212,7 +214,7 @@ int gpu_product_norm(Lane **held, void *stream, const Product *product, const Op
         with.out = (void *)(uintptr_t)parts;
         if (!code) code = multiplied(lane, product, &with, &way, why);
         const void *const all[] = {with.out, in[0], in[1], in[2]};
-        if (!code) code = normed(lane, product->type, all, way.parts, out, rows, epsilon, why);
+        if (!code) code = normed(lane, product->type, all, way, out, rows, epsilon, why);
     }
     pthread_mutex_unlock(&gpu_lock);
     return code ? -1 : 0;
@@ -238,7 +240,7 @@ int gpu_embed(Lane **held, void *stream, int type, const void *const in[7], void
                              (void *)&in[6], &out,           &rows,          &documents,     &length,        &texts,
                              &memories,      &words,         &width,         &epsilon};
         const int64_t grid[] = {over((int64_t)documents * length, 4), 1, 1};
-        code = started(*held, function, grid, 128, 0, arguments, why);
+        code = started(*held, function, grid, 128, 0, arguments, 1, why);
     }
     pthread_mutex_unlock(&gpu_lock);
     return code;
@@ -266,7 +268,7 @@ int gpu_attention(Lane **held, void *stream, int type, const void *rows, const i
         float scale = 0.125f * 1.44269504f; /* 1 / sqrt(HEAD), log2(e) */
         void *arguments[] = {&map, &lengths, &out, &asked, &length, &scale};
         const int64_t grid[] = {over(asked, 64), shape->heads, shape->documents};
-        code = started(*held, function, grid, SHARERS * 128, shared, arguments, why);
+        code = started(*held, function, grid, SHARERS * 128, shared, arguments, 1, why);
     }
     pthread_mutex_unlock(&gpu_lock);
     return code;
