@@ -95,7 +95,10 @@ class BuildNative(build_ext):
 # A plain shared library that ONNX Runtime loads, and no module of Python's. Without a C compiler all else works.
 NATIVE = Extension(
     "rmt_trt.runtime._native",
-    sources=[f"native/{name}.c" for name in ("ops", "attributes", "gpu", "products", "hopper", "compile", "libraries", "host")],
+    sources=[
+        f"native/{name}.c"
+        for name in ("ops", "attributes", "gpu", "products", "hopper", "compile", "libraries", "host")
+    ],
     depends=[
         *(f"native/{name}.h" for name in ("cuda", "gpu", "host", "lane", "node", "ort")),
         *(f"native/{part}" for parts in KERNELS.values() for part in parts),

@@ -1,8 +1,8 @@
 """Buckets: the memory in which a GPU engine steps so many documents, and the way of tokens into it.
 
-Per bucket of documents (1, 2, 4, ...) there are two memories A and B of every state, one place for a segment's tokens,
-and two stages of page-locked memory. A step reads A and writes B, the next reads B and writes A; tokens are staged a
-block ahead on a stream of their own, and a step takes its own by one small copy on the device. Engines bring what runs
+Per bucket of documents (1, 2, 4, ...) there are two memories A and B of every state, a place for a segment's tokens beside
+each, and two stages of page-locked memory. A step reads A and writes B, the next reads B and writes A; tokens are staged a
+block ahead on a stream of their own, and two steps take theirs by one small copy on the device. Engines bring what runs
 a step: a `Replay`.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rmt_trt.contract import PAD, StepSpec
-from rmt_trt.runtime.cuda import Gpu
+from rmt_trt.runtime.cuda import ALIGNMENT, Gpu
 
 STAGED = 64  # segments that are staged together at most
 STAGED_BYTES = 4 << 20
@@ -41,23 +41,31 @@ class States:
 
 @dataclass(eq=False)
 class Stage:
-    """Tokens of a block on their way: page-locked, then on the device. `copied` and `used` guard both."""
+    """Tokens of a block on their way: page-locked, then on the device. `copied` and `used` guard both.
+
+    host   (segments, batch, S) int64, the page-locked memory
+    pairs  two segments each, on the device
+    """
 
     pinned: Any
     host: np.ndarray
     device: Any
-    places: list[Any]
+    pairs: list[Any]
     copied: Any
     used: Any
 
 
 @dataclass(eq=False)
 class Bucket:
-    """Memory of so many documents: A and B of every state, one segment's tokens, two stages; replays by their graph."""
+    """Memory of so many documents: A and B of every state, two segments' tokens, two stages; replays by their graph.
+
+    tokens  of the step from A and of the one from B; `both` is where they lie, one behind the other
+    """
 
     size: int
     sides: tuple[tuple[Any, ...], tuple[Any, ...]]
-    tokens: Any
+    tokens: tuple[Any, Any]
+    both: Any
     stages: tuple[Stage, Stage]
     turn: int = 0
     replays: dict[Any, Replay] = field(default_factory=dict)
@@ -70,18 +78,26 @@ def state_bytes(spec: StepSpec) -> list[int]:
 
 def new_bucket(gpu: Gpu, spec: StepSpec, size: int) -> Bucket:
     a, b = (tuple(gpu.zeros(size * nbytes) for nbytes in state_bytes(spec)) for _ in "AB")
-    nbytes = size * spec.segment_length * TOKEN_BYTES
-    staged = max(2, min(STAGED, STAGED_BYTES // nbytes) // 2 * 2)  # even, so that every block begins on side A
-    return Bucket(size, (a, b), gpu.zeros(nbytes), (_stage(gpu, spec, size, staged), _stage(gpu, spec, size, staged)))
+    each = _token_bytes(spec, size)
+    staged = max(2, min(STAGED, STAGED_BYTES // each) // 2 * 2)  # even, so that every block begins on side A
+    both = gpu.zeros(2 * each)
+    tokens = (gpu.part(both, 0, each), gpu.part(both, each, each))
+    return Bucket(size, (a, b), tokens, both, (_stage(gpu, spec, size, staged), _stage(gpu, spec, size, staged)))
+
+
+def _token_bytes(spec: StepSpec, size: int) -> int:
+    """From one segment's tokens to the next one's: each lies where an engine may read it."""
+    return -(-size * spec.segment_length * TOKEN_BYTES // ALIGNMENT) * ALIGNMENT
 
 
 def _stage(gpu: Gpu, spec: StepSpec, size: int, staged: int) -> Stage:
-    pinned, host = gpu.pinned((staged, size, spec.segment_length), np.int64)
-    host[...] = 0
-    device = gpu.zeros(host.nbytes)
-    each = host.nbytes // staged
-    places = [gpu.part(device, number * each, each) for number in range(staged)]
-    stage = Stage(pinned, host, device, places, gpu.event(), gpu.event())
+    each, count = _token_bytes(spec, size), size * spec.segment_length
+    pinned, whole = gpu.pinned((staged, each // TOKEN_BYTES), np.int64)
+    whole[...] = 0
+    device = gpu.zeros(whole.nbytes)
+    pairs = [gpu.part(device, number * 2 * each, 2 * each) for number in range(staged // 2)]
+    host = whole[:, :count].reshape(staged, size, spec.segment_length)
+    stage = Stage(pinned, host, device, pairs, gpu.event(), gpu.event())
     gpu.copies.record(stage.copied)
     gpu.stream.record(stage.used)
     return stage
@@ -111,7 +127,7 @@ def advance(gpu: Gpu, bucket: Bucket, replay: Replay, segments: np.ndarray) -> N
     Rows that fill the bucket up are text where all rows are full, since a graph for full rows takes no padding.
     """
     filler = 0 if segments.min(initial=0) >= 0 else PAD
-    staged = len(bucket.stages[0].places)
+    staged = len(bucket.stages[0].host)
     for start in range(0, len(segments), staged):
         block = segments[start : start + staged]
         stage = bucket.stages[bucket.turn]
@@ -120,13 +136,14 @@ def advance(gpu: Gpu, bucket: Bucket, replay: Replay, segments: np.ndarray) -> N
         stage.host[: len(block), : block.shape[1]] = block
         stage.host[: len(block), block.shape[1] :] = filler
         gpu.copies.wait(stage.used)
-        nbytes = len(block) * bucket.tokens.size
+        nbytes = len(block) * bucket.tokens[0].size
         gpu.part(stage.pinned, 0, nbytes).copy_to(gpu.part(stage.device, 0, nbytes), stream=gpu.copies)
         gpu.copies.record(stage.copied)
         gpu.stream.wait(stage.copied)
         try:
             for number in range(len(block)):
-                stage.places[number].copy_to(bucket.tokens, stream=gpu.stream)
+                if number % 2 == 0:
+                    stage.pairs[number // 2].copy_to(bucket.both, stream=gpu.stream)
                 replay.run(number % 2)
         finally:  # steps that were enqueued before one failed still read their tokens
             gpu.stream.record(stage.used)

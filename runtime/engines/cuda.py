@@ -4,7 +4,7 @@ Where rmt-trt's own operators are installed (`rmt_trt.runtime.native`), graphs t
 before these, on the GPUs that run them, those that need their kernels for one kind of GPU.
 
 A graph of the bundle is a session; on each bucket (`rmt_trt.runtime.buckets`) a session has two bindings, from memory A
-to B and from B to A, captured once each. So a segment costs one small copy of tokens and one replay, and the host
+to B and from B to A, captured once each. So two segments cost one small copy of tokens and two replays, and the host
 waits only where logits or states are asked for.
 
 Plain graphs, which are step.onnx in another dtype, compute the sizes of their tensors as they run, which ONNX Runtime does
@@ -312,7 +312,7 @@ class CudaEngine:
             binding.bind_input(state.input, "cuda", index, dtype, shape, int(source.handle))
             binding.bind_output(state.output, "cuda", index, dtype, shape, int(target.handle))
         tokens = (size, self._spec.segment_length)
-        binding.bind_input(SEGMENT, "cuda", index, np.int64, tokens, int(bucket.tokens.handle))
+        binding.bind_input(SEGMENT, "cuda", index, np.int64, tokens, int(bucket.tokens[side].handle))
         for name, (buffer, shape) in outputs.items():
             binding.bind_output(name, "cuda", index, np.float32, shape, int(buffer.handle))
         return binding

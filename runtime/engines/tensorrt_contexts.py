@@ -211,7 +211,7 @@ def let_go(err: BaseException | None) -> None:
 
 def _addresses(spec: StepSpec, bucket: Bucket, side: int, outputs: Outputs) -> dict[str, int]:
     """Where every tensor lies for a step from A to B (side 0), or back: what is read is never what is written."""
-    found = {SEGMENT: int(bucket.tokens.handle)}
+    found = {SEGMENT: int(bucket.tokens[side].handle)}
     for state, source, target in zip(spec.states, bucket.sides[side], bucket.sides[1 - side], strict=True):
         found[state.input], found[state.output] = int(source.handle), int(target.handle)
     return found | {name: int(buffer.handle) for name, (buffer, _) in outputs.items()}
