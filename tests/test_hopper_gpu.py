@@ -290,3 +290,31 @@ def test_models_follow_the_recurrence(name: str, shape: str, dtype: str) -> None
             "full",
             "step",
         }
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_language_model_gives_all_rows_and_their_scores_and_goes_on_from_a_state(dtype: str) -> None:
+    model = model_of("gpt2", "odd")
+    size = model.config.segment_length
+    tokens = random_document(model_spec(model), 3 * size + 5, 6)
+    rows = torch.cat([logits for _, logits in recurrence(model, tokens.tolist(), "left")])
+    scores = torch.log_softmax(rows.double(), dim=1)[:-1].gather(1, torch.from_numpy(tokens)[1:, None])[:, 0]
+    with open_cuda(bundle_of("gpt2", "odd", dtype), dtype) as runtime:
+        found = runtime.run(tokens, logits="all", alignment="left").logits
+        assert relative_error(found, rows.numpy()) <= TOLERANCES[dtype]
+        scored = runtime.run(tokens, logits="loglik", alignment="left")
+        assert np.isnan(scored.loglik[0])  # nothing stands in front of the first token
+        assert relative_error(scored.loglik[1:], scores.numpy()) <= TOLERANCES[dtype]
+        assert scored.loglik_sum == pytest.approx(scored.loglik[1:].sum(), rel=1e-9)
+
+        whole = runtime.run(tokens, alignment="left")
+        first = runtime.run(tokens[:size], logits="none", alignment="left")
+        second = runtime.run(tokens[size:], state=first.state, alignment="left")
+        assert second.memory.tobytes() == whole.memory.tobytes()
+        assert second.logits.tobytes() == whole.logits.tobytes()
+        assert relative_error(second.logits.reshape(-1), rows[-1].numpy()) <= TOLERANCES[dtype]
+        engine = runtime._engine
+        assert isinstance(engine, CudaEngine)
+        heads = {key[1]: Path(engine._graphs[key].file).name for key, _ in engine._sessions}
+        assert {"all", "loglik", "last", "none"} == set(heads)
+        assert all("-hopper-" in file for file in heads.values()), heads
