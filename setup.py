@@ -97,7 +97,7 @@ NATIVE = Extension(
     "rmt_trt.runtime._native",
     sources=[
         f"native/{name}.c"
-        for name in ("ops", "attributes", "gpu", "products", "hopper", "compile", "libraries", "host")
+        for name in ("ops", "signatures", "attributes", "gpu", "products", "hopper", "compile", "libraries", "host")
     ],
     depends=[
         *(f"native/{name}.h" for name in ("cuda", "gpu", "host", "lane", "node", "ort")),

@@ -1,4 +1,5 @@
 /* The attributes of our operators' nodes. */
+#include <float.h>
 #include <limits.h>
 #include <string.h>
 
@@ -64,7 +65,7 @@ const char *attributes_read(const OrtApi *api, const OrtKernelInfo *info, Node *
             return "rmt_trt: an activation other than 'none' and 'gelu'";
     } else if (integer(api, info, "activation", &number) || real(api, info, "activation", &value))
         return "rmt_trt: an activation other than 'none' and 'gelu'";
-    if (!(node->epsilon >= 0.0f)) return "rmt_trt: an epsilon below 0";
+    if (!(node->epsilon >= 0.0f && node->epsilon <= FLT_MAX)) return "rmt_trt: an epsilon below 0, or no finite number";
     if (node->op->kind == LINEAR_SKIP_LAYER_NORM && (node->gelu || node->transposed || node->scale != 1.0f))
         return "rmt_trt: a product in front of a norm has no activation, no transposed weight and no scale";
     return NULL;

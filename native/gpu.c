@@ -138,7 +138,7 @@ static int launched(Lane *lane, int kernel, int type, int64_t blocks, unsigned t
 int rounding(Lane *lane, int type, const void *in, void *out, int64_t count, float inverse, const float *by) {
     long long number = count;
     void *arguments[] = {&in, &out, &number, &inverse, &by};
-    return launched(lane, QUANTIZE, type, (count + 16 * 256 - 1) / (16 * 256), 256, arguments);
+    return launched(lane, QUANTIZE_KERNEL, type, (count + 16 * 256 - 1) / (16 * 256), 256, arguments);
 }
 
 int gpu_quantize(Lane **held, void *stream, int type, const void *in, void *out, int64_t count, float inverse, char *why) {
@@ -161,7 +161,7 @@ int gpu_norm_rounded(Lane **held, void *stream, int type, const void *const in[4
     void *arguments[] = {(void *)&in[0], (void *)&in[1], (void *)&in[2], (void *)&in[3], &out,
                          &rounded,       &columns,       &epsilon,       &inverse};
     unsigned threads = (unsigned)((width / 8 + 31) / 32 * 32);
-    if (!code && rows && (code = launched(*held, SKIP_LAYER_NORM, type, rows, threads, arguments)))
+    if (!code && rows && (code = launched(*held, NORM_KERNEL, type, rows, threads, arguments)))
         fail(why, "the driver did not start the kernel 'skip_layer_norm'", code);
     pthread_mutex_unlock(&gpu_lock);
     return code ? -1 : 0;
@@ -177,7 +177,7 @@ int gpu_silu_mul(Lane **held, void *stream, int type, const void *in, void *out,
     int code = prepared(held, stream, rounded != NULL, why);
     long long vectors = rows * (width / 8), across = width / 8;
     void *arguments[] = {&in, &out, &rounded, &vectors, &across, &inverse};
-    if (!code && vectors && (code = launched(*held, SILU_MUL, type, (vectors + 255) / 256, 256, arguments)))
+    if (!code && vectors && (code = launched(*held, SILU_KERNEL, type, (vectors + 255) / 256, 256, arguments)))
         fail(why, "the driver did not start the kernel 'silu_mul'", code);
     pthread_mutex_unlock(&gpu_lock);
     return code ? -1 : 0;
@@ -196,7 +196,7 @@ int gpu_rotary(Lane **held, void *stream, int type, const void *const in[3], voi
     void *arguments[] = {(void *)&in[0],  (void *)&in[1],  (void *)&in[2], (void *)&out[0], (void *)&out[1],
                          (void *)&out[2], &pairs,          &length,        &query,          &key,
                          &size,           &times};
-    if (!code && pairs && (code = launched(*held, ROTARY, type, (pairs + 255) / 256, 256, arguments)))
+    if (!code && pairs && (code = launched(*held, ROTARY_KERNEL, type, (pairs + 255) / 256, 256, arguments)))
         fail(why, "the driver did not start the kernel 'rotary'", code);
     pthread_mutex_unlock(&gpu_lock);
     return code ? -1 : 0;

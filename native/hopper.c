@@ -15,7 +15,7 @@ enum { MOST_PARTS = 4 }; /* of k, where a norm adds them */
 
 /* What a kernel is compiled with. */
 typedef struct {
-    int product, attention, norm, embed, bfloat, rows, columns, stages, gelu, groups, causal, once, vectors, full, parts;
+    int product, attention, norm, embed, bfloat, rows, columns, stages, gelu, apart, groups, causal, once, vectors, full, parts;
 } Macros;
 
 struct Kernel {
@@ -31,7 +31,7 @@ static const struct {
 } TILES[] = {{64, 64, 8, 135, 1250}, {64, 96, 6, 200, 1500}, {128, 64, 8, 180, 1850}, {128, 96, 6, 275, 2100}, {128, 128, 5, 330, 1900}};
 enum { EACH_PART = 480 };
 enum { TILES_COUNT = sizeof TILES / sizeof *TILES };
-static int64_t products_started[TILES_COUNT + 1]; /* the last: in more than one part */
+static int64_t products_started[TILES_COUNT][MOST_PARTS];
 
 static int compiled_for(Lane *lane, const Macros *macros, unsigned shared, void **function, char *why) {
     for (Kernel *kernel = lane->hopper; kernel; kernel = kernel->next)
@@ -44,11 +44,11 @@ static int compiled_for(Lane *lane, const Macros *macros, unsigned shared, void 
         const char *name;
         int value;
     } defined[] = {{"PRODUCT", macros->product}, {"ATTENTION", macros->attention}, {"NORM", macros->norm},
-                   {"EMBED", macros->embed},
-                   {"BFLOAT", macros->bfloat},   {"ROWS", macros->rows},           {"COLUMNS", macros->columns},
-                   {"STAGES", macros->stages},   {"GELU", macros->gelu},           {"GROUPS", macros->groups},
-                   {"CAUSAL", macros->causal},   {"ONCE", macros->once},         {"VECTORS", macros->vectors},
-                   {"FULL", macros->full},       {"PARTS", macros->parts}};
+                   {"EMBED", macros->embed},     {"BFLOAT", macros->bfloat},       {"ROWS", macros->rows},
+                   {"COLUMNS", macros->columns}, {"STAGES", macros->stages},       {"GELU", macros->gelu},
+                   {"APART", macros->apart},     {"GROUPS", macros->groups},       {"CAUSAL", macros->causal},
+                   {"ONCE", macros->once},       {"VECTORS", macros->vectors},     {"FULL", macros->full},
+                   {"PARTS", macros->parts}};
     enum { COUNT = sizeof defined / sizeof *defined };
     char written[COUNT][32];
     const char *options[COUNT + 2] = {"--gpu-architecture=sm_90a"};
@@ -90,7 +90,7 @@ void hopper_dropped(Kernel *kernels) {
 }
 
 /* Where `early`, as a programmatic dependent of what is before it on the stream, if the driver can capture that. */
-static int started(Lane *lane, void *function, const int64_t grid[3], unsigned threads, unsigned shared, void **arguments,
+static int enqueued(Lane *lane, void *function, const int64_t grid[3], unsigned threads, unsigned shared, void **arguments,
                    int early, char *why) {
     for (int i = 0; i < 3; i++)
         if (grid[i] > (i ? 65535 : INT_MAX)) return fail(why, "more documents or rows than a kernel for Hopper takes", 0);
@@ -140,7 +140,7 @@ Way hopper_way(const Lane *lane, const Product *p, const Operands *at, int most)
 int hopper_product(Lane *lane, const Product *p, const Operands *at, Way way, char *why) {
     int rows = TILES[way.tile].rows, columns = TILES[way.tile].columns;
     const Macros macros = {.product = 1, .bfloat = p->type == ORT_BFLOAT16, .rows = rows, .columns = columns,
-                           .stages = TILES[way.tile].stages, .gelu = p->gelu};
+                           .stages = TILES[way.tile].stages, .gelu = p->gelu, .apart = way.parts > 1};
     int ring = macros.stages * (rows + columns) * DEEP * 2, made = rows * (columns * 2 + 16);
     unsigned shared = (unsigned)(1024 + ring + made), box = columns % 64 ? 32 : 64;
     void *function;
@@ -155,16 +155,18 @@ int hopper_product(Lane *lane, const Product *p, const Operands *at, Way way, ch
     int m = (int)p->m, n = (int)p->n, k = (int)p->k;
     void *arguments[] = {&x, &w, (void *)&at->bias, (void *)&at->out, &m, &n, &k};
     const int64_t grid[] = {over(n, columns), over(m, rows), way.parts};
-    code = started(lane, function, grid, (unsigned)(rows / 64 * 128 + 64), shared, arguments, 1, why);
-    if (!code) products_started[way.tile]++;
-    if (!code && way.parts > 1) products_started[TILES_COUNT]++;
+    code = enqueued(lane, function, grid, (unsigned)(rows / 64 * 128 + 64), shared, arguments, 1, why);
+    if (!code) products_started[way.tile][way.parts - 1]++;
     return code;
 }
 
-__attribute__((visibility("default"))) void rmt_hopper_products(int64_t counts[TILES_COUNT + 1]) {
+/* How many products were started, by their tiles and by their parts of k, as far as `counts` has room; how many numbers that are. */
+__attribute__((visibility("default"))) int rmt_hopper_products(int64_t *counts, int room) {
+    enum { COUNT = TILES_COUNT * MOST_PARTS };
     pthread_mutex_lock(&gpu_lock);
-    memcpy(counts, products_started, sizeof products_started);
+    if (room > 0) memcpy(counts, products_started, sizeof **products_started * (size_t)(room < COUNT ? room : COUNT));
     pthread_mutex_unlock(&gpu_lock);
+    return COUNT;
 }
 
 /* The lane of a stream, on a GPU that these kernels are for. */
@@ -194,7 +196,7 @@ static int normed(Lane *lane, int type, const void *const in[4], Way way, void *
                          (void *)&out[1], (void *)&out[2], &count,         &width,         &length,
                          &skips,          &at,             &first,         &last,          &epsilon};
     const int64_t grid[] = {over(all, 4), 1, 1};
-    return started(lane, function, grid, 128, 0, arguments, early, why);
+    return enqueued(lane, function, grid, 128, 0, arguments, early, why);
 }
 
 int gpu_product_norm(Lane **held, void *stream, const Product *product, const Operands *at, const void *const in[3],
@@ -207,10 +209,12 @@ int gpu_product_norm(Lane **held, void *stream, const Product *product, const Op
     int code = hopper(held, stream, why);
     if (!code) {
         Lane *lane = *held;
-        Way way = hopper_way(lane, product, at, MOST_PARTS);
-        uint64_t parts = 0;
         Operands with = *at;
-        code = reserved(lane, sizeof(uint16_t) * (size_t)(product->m * product->n) * (size_t)way.parts, &parts, why);
+        with.out = out[0]; /* what is in one part is normed where it lies: each row is read before it is written */
+        Way way = hopper_way(lane, product, &with, MOST_PARTS);
+        uint64_t parts = (uintptr_t)with.out;
+        if (way.parts > 1)
+            code = reserved(lane, sizeof(uint16_t) * (size_t)(product->m * product->n) * (size_t)way.parts, &parts, why);
         with.out = (void *)(uintptr_t)parts;
         if (!code) code = multiplied(lane, product, &with, &way, why);
         const void *const all[] = {with.out, in[0], in[1], in[2]};
@@ -240,7 +244,7 @@ int gpu_embed(Lane **held, void *stream, int type, const void *const in[7], void
                              (void *)&in[6], &out,           &rows,          &documents,     &length,        &texts,
                              &memories,      &words,         &width,         &epsilon};
         const int64_t grid[] = {over((int64_t)documents * length, 4), 1, 1};
-        code = started(*held, function, grid, 128, 0, arguments, 1, why);
+        code = enqueued(*held, function, grid, 128, 0, arguments, 1, why);
     }
     pthread_mutex_unlock(&gpu_lock);
     return code;
@@ -268,7 +272,7 @@ int gpu_attention(Lane **held, void *stream, int type, const void *rows, const i
         float scale = 0.125f * 1.44269504f; /* 1 / sqrt(HEAD), log2(e) */
         void *arguments[] = {&map, &lengths, &out, &asked, &length, &scale};
         const int64_t grid[] = {over(asked, 64), shape->heads, shape->documents};
-        code = started(*held, function, grid, SHARERS * 128, shared, arguments, 1, why);
+        code = enqueued(*held, function, grid, SHARERS * 128, shared, arguments, 1, why);
     }
     pthread_mutex_unlock(&gpu_lock);
     return code;

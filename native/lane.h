@@ -20,7 +20,7 @@ typedef enum {
     SETTINGS
 } Setting;
 
-enum { QUANTIZE, SKIP_LAYER_NORM, SILU_MUL, ROTARY, KERNEL_COUNT };
+enum { QUANTIZE_KERNEL, NORM_KERNEL, SILU_KERNEL, ROTARY_KERNEL, KERNEL_COUNT };
 
 typedef struct Plan Plan;     /* of products.c */
 typedef struct Kernel Kernel; /* of hopper.c */

@@ -26,6 +26,10 @@ typedef struct {
     int input[INPUTS], output[OUTPUTS];
 } Op;
 
+/* signatures.c */
+extern Op OPS[];
+extern const size_t OPS_COUNT;
+
 typedef struct {
     const OrtApi *api;
     const Op *op;

@@ -38,7 +38,6 @@
 
 static const char *const NAMES[] = {"Linear",  "LinearQuantize",  "Quantize", "LinearSkipLayerNorm", "SkipLayerNormQuantize",
                                     "SiluMul", "SiluMulQuantize", "Rotary",   "PackedAttention",     "Embed"};
-#define CUDA "CUDAExecutionProvider"
 
 typedef struct {
     const void *data;
@@ -197,8 +196,8 @@ static OrtStatus *product_norm(Node *node, OrtKernelContext *context, const Tens
     int64_t k = x->axes[2], width = weight->axes[1], length = x->axes[1], skips = skip->axes[1];
     if (x->count != 3 || weight->count != 2 || in[2].count != 1 || !k || weight->axes[0] != k || in[2].axes[0] != width)
         return refused(node->api, "rmt_trt: the shapes of a product's input, weight and bias do not fit together");
-    if (skip->count != 3 || skip->axes[0] != x->axes[0] || skip->axes[2] != width || width > INT_MAX || skips > INT_MAX || node->at < 0 ||
-        node->at > skips - length || node->first < 0 || node->last < node->first || node->last > length ||
+    if (skip->count != 3 || skip->axes[0] != x->axes[0] || skip->axes[2] != width || width > INT_MAX || skips > INT_MAX ||
+        node->at < 0 || node->at > skips - length || node->first < 0 || node->last < node->first || node->last > length ||
         in[4].count != 1 || in[5].count != 1 || in[4].axes[0] != width || in[5].axes[0] != width)
         return refused(node->api, "rmt_trt: the shapes of a norm's inputs and its rows do not fit together");
     const Rows rows = {x->axes[0], (int)width, (int)length, (int)skips, node->at, node->first, node->last};
@@ -305,9 +304,9 @@ static OrtStatus *embed(Node *node, OrtKernelContext *context, const Tensor in[I
     const Tensor *memory = &in[0], *segment = &in[1], *word = &in[3];
     int64_t width = memory->axes[2], length = in[2].axes[0];
     int fits = memory->count == 3 && segment->count == 2 && in[2].count == 1 && word->count == 2 && width && length &&
-               memory->axes[1] && word->axes[0] && segment->axes[0] == memory->axes[0] && word->axes[1] == width && values(&in[4]) == length * width &&
-               values(&in[5]) == width && values(&in[6]) == width && length <= INT_MAX && segment->axes[1] <= INT_MAX &&
-               memory->axes[1] <= INT_MAX && word->axes[0] <= INT_MAX && width <= INT_MAX;
+               memory->axes[1] && word->axes[0] && segment->axes[0] == memory->axes[0] && word->axes[1] == width &&
+               values(&in[4]) == length * width && values(&in[5]) == width && values(&in[6]) == width && length <= INT_MAX &&
+               segment->axes[1] <= INT_MAX && memory->axes[1] <= INT_MAX && word->axes[0] <= INT_MAX && width <= INT_MAX;
     if (!fits) return refused(node->api, "rmt_trt: the shapes of a step's memory, segment, frame and tables do not fit together");
     const Frame frame = {memory->axes[0],     (int)length,        (int)segment->axes[1], (int)memory->axes[1],
                          (int)word->axes[0], (int)width};
@@ -374,80 +373,6 @@ static int one(const OrtCustomOp *base) { return (void)base, 1; }
 static size_t none(int **a, int **b) { return *a = *b = NULL, 0; }
 static void nothing(int *a, int *b) { (void)a, (void)b; }
 
-static Op OPS[] = {
-    {.kind = LINEAR, .provider = CUDA, .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16}, .output = {ORT_FLOAT16}},
-    {.kind = LINEAR, .provider = CUDA, .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16}, .output = {ORT_BFLOAT16}},
-    {.kind = LINEAR, .provider = CUDA, .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_FLOAT16}, .output = {ORT_FLOAT16}},
-    {.kind = LINEAR, .provider = CUDA, .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_BFLOAT16}, .output = {ORT_BFLOAT16}},
-    {.kind = LINEAR, .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT}, .output = {ORT_FLOAT}},
-    {.kind = LINEAR, .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_FLOAT}, .output = {ORT_FLOAT}},
-    {.kind = LINEAR_QUANTIZE,
-     .provider = CUDA,
-     .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_FLOAT16, ORT_FLOAT},
-     .output = {ORT_FLOAT8}},
-    {.kind = LINEAR_QUANTIZE,
-     .provider = CUDA,
-     .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_BFLOAT16, ORT_FLOAT},
-     .output = {ORT_FLOAT8}},
-    {.kind = LINEAR_QUANTIZE, .input = {ORT_FLOAT8, ORT_FLOAT8, ORT_FLOAT, ORT_FLOAT}, .output = {ORT_FLOAT8}},
-    {.kind = QUANTIZE, .provider = CUDA, .input = {ORT_FLOAT16}, .output = {ORT_FLOAT8}},
-    {.kind = QUANTIZE, .provider = CUDA, .input = {ORT_BFLOAT16}, .output = {ORT_FLOAT8}},
-    {.kind = QUANTIZE, .input = {ORT_FLOAT}, .output = {ORT_FLOAT8}},
-    {.kind = LINEAR_SKIP_LAYER_NORM,
-     .provider = CUDA,
-     .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
-     .output = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT}},
-    {.kind = LINEAR_SKIP_LAYER_NORM,
-     .provider = CUDA,
-     .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
-     .output = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_FLOAT}},
-    {.kind = LINEAR_SKIP_LAYER_NORM,
-     .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-     .output = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT}},
-    {.kind = PACKED_ATTENTION, .provider = CUDA, .input = {ORT_FLOAT16, ORT_INT32}, .output = {ORT_FLOAT16}},
-    {.kind = PACKED_ATTENTION, .provider = CUDA, .input = {ORT_BFLOAT16, ORT_INT32}, .output = {ORT_BFLOAT16}},
-    {.kind = PACKED_ATTENTION, .input = {ORT_FLOAT, ORT_INT32}, .output = {ORT_FLOAT}},
-    {.kind = EMBED,
-     .provider = CUDA,
-     .input = {ORT_FLOAT, ORT_INT64, ORT_INT64, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
-     .output = {ORT_FLOAT16, ORT_FLOAT16}},
-    {.kind = EMBED,
-     .provider = CUDA,
-     .input = {ORT_FLOAT, ORT_INT64, ORT_INT64, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
-     .output = {ORT_BFLOAT16, ORT_BFLOAT16}},
-    {.kind = EMBED,
-     .input = {ORT_FLOAT, ORT_INT64, ORT_INT64, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-     .output = {ORT_FLOAT, ORT_FLOAT}},
-    {.kind = SKIP_LAYER_NORM_QUANTIZE,
-     .provider = CUDA,
-     .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
-     .output = {ORT_FLOAT16, ORT_FLOAT8}},
-    {.kind = SKIP_LAYER_NORM_QUANTIZE,
-     .provider = CUDA,
-     .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
-     .output = {ORT_BFLOAT16, ORT_FLOAT8}},
-    {.kind = SKIP_LAYER_NORM_QUANTIZE,
-     .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-     .output = {ORT_FLOAT, ORT_FLOAT8}},
-    {.kind = SILU_MUL, .provider = CUDA, .input = {ORT_FLOAT16}, .output = {ORT_FLOAT16}},
-    {.kind = SILU_MUL_QUANTIZE, .provider = CUDA, .input = {ORT_FLOAT16}, .output = {ORT_FLOAT8}},
-    {.kind = ROTARY,
-     .provider = CUDA,
-     .input = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16},
-     .output = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16}},
-    {.kind = SILU_MUL, .provider = CUDA, .input = {ORT_BFLOAT16}, .output = {ORT_BFLOAT16}},
-    {.kind = SILU_MUL_QUANTIZE, .provider = CUDA, .input = {ORT_BFLOAT16}, .output = {ORT_FLOAT8}},
-    {.kind = ROTARY,
-     .provider = CUDA,
-     .input = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16},
-     .output = {ORT_BFLOAT16, ORT_BFLOAT16, ORT_BFLOAT16}},
-    {.kind = SILU_MUL, .input = {ORT_FLOAT}, .output = {ORT_FLOAT}},
-    {.kind = SILU_MUL_QUANTIZE, .input = {ORT_FLOAT}, .output = {ORT_FLOAT8}},
-    {.kind = ROTARY,
-     .input = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-     .output = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT}},
-};
-
 /* The domain with its operators, made once for all sessions. */
 static OrtStatus *made(const OrtApi *api, OrtCustomOpDomain **domain) {
     static OrtCustomOpDomain *kept;
@@ -457,7 +382,7 @@ static OrtStatus *made(const OrtApi *api, OrtCustomOpDomain **domain) {
     OrtStatus *status =
         ORT_CALL(api, CREATE_CUSTOM_OP_DOMAIN, OrtStatus *, const char *, OrtCustomOpDomain **)("rmt_trt", &begun);
     if (status) return status;
-    for (size_t i = 0; !status && i < sizeof OPS / sizeof *OPS; i++) {
+    for (size_t i = 0; !status && i < OPS_COUNT; i++) {
         OPS[i].base = (OrtCustomOp){
             .version = ORT_VERSION,
             .GetName = name,

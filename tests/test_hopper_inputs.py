@@ -107,7 +107,7 @@ def test_products_in_front_of_norms_that_do_not_fit_are_refused(weight: np.ndarr
     [({"at": 1.0}, "whole number has another type"), ({"last": "x"}, "whole number has another type"),
      ({"first": "x" * 99}, "whole number has another type"), ({"epsilon": 1}, "float32 has another type"),
      ({"epsilon": "x"}, "float32 has another type"), ({"epsilon": -1.0}, "an epsilon below 0"),
-     ({"epsilon": float("nan")}, "an epsilon below 0"), ({"at": 2**40}, "more than 32 bits"),
+     ({"epsilon": float("nan")}, "an epsilon below 0"), ({"epsilon": float("inf")}, "no finite number"), ({"at": 2**40}, "more than 32 bits"),
      ({"activation": "relu"}, "other than 'none' and 'gelu'"), ({"activation": 1}, "other than 'none' and 'gelu'"),
      ({"activation": "gelu"}, "no activation"), ({"transposed": 1}, "no transposed weight"), ({"scale": 2.0}, "no scale")],
 )  # fmt: skip

@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS, 1)
         expect(bar, SIDE);
         bring(base + (1 + slot * 2 + what - 1) * SIDE, &rows, (what * heads + head) * 64, (number * GROUPS + to) * 64, document, bar);
     };
-    if (warp == (GROUPS - 1) * 4 && elected()) { // one group's after the other's, so that the first begins early; what comes in is the limit
+    if (warp == (GROUPS - 1) * 4 && elected()) { // one group's after the other's: what comes in is the limit, and the first begins early
         expect(ready, SIDE);
         bring(base, &rows, head * 64, row + shift, document, ready);
 #pragma unroll
@@ -142,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(WORKERS, 1)
             for (int t = 0; t < AT_ONCE; t++)
 #pragma unroll
                 for (int j = 0; j < 4; j++)
-                    highest[j] = fmaxf(highest[j], fmaxf(fmaxf(s[t][8 * j + 2 * h], s[t][8 * j + 2 * h + 1]), fmaxf(s[t][8 * j + 4 + 2 * h], s[t][8 * j + 5 + 2 * h])));
+                    highest[j] = fmaxf(highest[j], fmaxf(fmaxf(s[t][8 * j + 2 * h], s[t][8 * j + 2 * h + 1]),
+                                                         fmaxf(s[t][8 * j + 4 + 2 * h], s[t][8 * j + 5 + 2 * h])));
             now = fmaxf(fmaxf(fmaxf(highest[0], highest[1]), fmaxf(highest[2], highest[3])), now);
             now = fmaxf(now, __shfl_xor_sync(~0u, now, 1));
             now = fmaxf(now, __shfl_xor_sync(~0u, now, 2));

@@ -3,8 +3,8 @@
 // NORM or EMBED names the one that is wanted.
 //
 // They are launched as programmatic dependents: a kernel starts while the one before still runs, brings what does not depend on it
-// (weights, biases), and waits (griddepcontrol.wait) before it touches anything else. A product lets the next one start when it has
-// waited itself, the others at once.
+// (weights, biases), and waits (griddepcontrol.wait) before it touches anything else, but for the residual of a norm, which says why.
+// A product lets the next one start when it has waited itself, the others at once.
 //
 // Sources: PTX ISA, sections on wgmma (shared memory layouts, descriptors), cp.async.bulk.tensor, mbarrier and griddepcontrol.
 
@@ -45,6 +45,9 @@ static __device__ __forceinline__ u32 narrow2(float low, float high) {
 // All blocks of the next kernel may start as soon as all of this one's have said so.
 static __device__ __forceinline__ void next_may_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 static __device__ __forceinline__ void await_the_one_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Parts of a product are halves of a sixteenth of them, so that they may be up to a million where their sum is small again.
+#define PART 0.0625f
 
 #if PRODUCT || ATTENTION
 

@@ -1,6 +1,7 @@
 #if PRODUCT
 // out = act(x w + bias): x (m, k), w (k, n). A block makes ROWS x COLUMNS of it, of one of gridDim.z parts of k, which stand one behind
-// the other in out: a warp each brings tiles of x and of w by TMA into a ring of STAGES, a warpgroup for every 64 rows multiplies them.
+// the other in out, with APART as PART of them: a warp each brings tiles of x and of w by TMA into a ring of STAGES, a warpgroup for
+// every 64 rows multiplies them.
 // COLUMNS is a multiple of 64, or else of 32.
 #define DEEP 64 // of k in a tile
 #define GROUPS (ROWS / 64)
@@ -40,6 +41,8 @@ static __device__ __forceinline__ float activated(float x) {
     asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(u));
     x *= 0.5f;
     return x + x * t;
+#elif APART
+    return x * PART;
 #else
     return x;
 #endif

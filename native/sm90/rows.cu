@@ -87,7 +87,8 @@ struct Row {
 #endif
 
 #if NORM
-// sums = x + skip, out = norm(sums) * gamma + beta. x is the sum of PARTS, one behind the other; sums may be NULL. Of `length` rows of
+// sums = x + skip, out = norm(sums) * gamma + beta. x is the sum of PARTS, one behind the other, where there are more than one as
+// `PART` of them; sums may be NULL. Of `length` rows of
 // a document in x, the first meets row `at` of `skips` in skip. carried, float32 of the rows of out from `first` to `last`, may be NULL.
 extern "C" __global__ void __launch_bounds__(128)
     rmt_norm(const uint4 *x, const uint4 *skip, const uint4 *gamma, const uint4 *beta, uint4 *out, uint4 *sums, float4 *carried, int rows,
@@ -105,8 +106,8 @@ extern "C" __global__ void __launch_bounds__(128)
     float share = 1.0f / width;
     bool there = row < rows;
 #pragma unroll
-    for (int i = 0; i < VECTORS; i++) // the residual is there: a product lets this start when all in front of the product has ended
-        if (THERE(i) && there) right[i] = skip[lane + 32 * i];
+    for (int i = 0; i < VECTORS; i++) // the residual is in the L2 cache: a product lets this start when all in front of it has ended
+        if (THERE(i) && there) right[i] = __ldcg(skip + lane + 32 * i);
     await_the_one_before();
     if (!there) return;
 #pragma unroll
@@ -128,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(128)
             }
             apart(right[i], other);
 #pragma unroll
-            for (int j = 0; j < 8; j++) own.values[i][j] += other[j];
+            for (int j = 0; j < 8; j++) own.values[i][j] = own.values[i][j] * (PARTS > 1 ? 1 / PART : 1) + other[j];
             if (sums) sums[start + lane + 32 * i] = together(own.values[i]);
         }
     own.norm(out + start, carried, vectors, share, epsilon);

@@ -372,7 +372,7 @@ def open_session(path: Path, gpu: cuda.Gpu, ours: bool, sizes: Mapping[str, int]
         more = (
             "Do CUDA, cuDNN and the driver fit this build of onnxruntime-gpu? See https://onnxruntime.ai/docs/install"
         )
-        if ours and native.DOMAIN in str(err):
+        if ours and f"{native.DOMAIN}:" in str(err):
             more = (
                 f"If another version of rmt-trt made this graph, export it again; {native.SWITCH}=0 runs the graphs without "
                 f"rmt-trt's own operators"
