@@ -91,7 +91,7 @@ void hopper_dropped(Kernel *kernels) {
 
 /* Where `early`, as a programmatic dependent of what is before it on the stream, if the driver can capture that. */
 static int enqueued(Lane *lane, void *function, const int64_t grid[3], unsigned threads, unsigned shared, void **arguments,
-                   int early, char *why) {
+                    int early, char *why) {
     for (int i = 0; i < 3; i++)
         if (grid[i] > (i ? 65535 : INT_MAX)) return fail(why, "more documents or rows than a kernel for Hopper takes", 0);
     LaunchAttribute dependent = {.id = PROGRAMMATIC_STREAM_SERIALIZATION, .value = 1};
